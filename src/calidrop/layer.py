@@ -1,0 +1,247 @@
+"""One layer of the cache: an exact window in front of one store.
+
+Tokens flow one way, and only at a flush. What was generated is flushed every so many steps (if the recipe says so); a
+prompt is flushed once it is known to be complete: at the next generated token, or when someone asks for the size. Until
+then it may still be growing (chunked prefill), and compressing early would make chunks change the answer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from calidrop import ops
+from calidrop.attention import Partial, Queries, merge
+from calidrop.observe import Observation
+from calidrop.plugin import Handle, PositionMask
+from calidrop.recipe import Plan
+from calidrop.state import State
+from calidrop.store import Store
+from calidrop.tokens import Tokens
+from calidrop.window import Window
+
+
+class LayerState(State):
+    """Everything a layer remembers; forked as a whole when a step may have to be undone."""
+
+    def __init__(self, store: Store | None):
+        self.store = store
+        self.window = Window()
+        self.obs: Observation | None = None
+        self.context: Tensor | None = None  # int64 [B]: real tokens up to the end of the last prompt
+        self.start: Tensor | None = None  # int64 [B]: left pads
+        self.seen = 0  # columns, pads included
+        self.steps = 0  # generated tokens since the last prompt
+        self.due = False  # a prompt waits to be compressed
+
+
+class LayerKV(CacheLayerMixin):
+    """One layer. `update` stashes keys and values and returns a handle; the attention function brings it back with
+    the queries (`attend`)."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, make: Callable[[], Plan], reach: int | None = None, eager: bool = False):
+        """make: builds the plan (again at `reset`). reach: how far back this layer can see at all, when bounded; such a
+        layer keeps just that, exact. eager: compress a prompt as soon as it was attended."""
+        super().__init__()
+        self.make, self.reach, self.eager = make, reach, eager
+        self.config: weakref.ref | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.plan = self.make()
+        self.state = LayerState(self.plan.store)
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.record_past = False
+        self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
+        self.column_bytes = 0  # one token of one row, uncompressed
+        self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
+        self.is_initialized = False
+
+    # ---- called by transformers
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.pending = (key_states, value_states)
+        handle = Handle(self)
+        return handle, handle
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.state.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def activate_past_recording(self, prompt_end: int | None = None) -> None:
+        """Assisted decoding: what comes after the prompt may be partly undone by `crop`."""
+        self.prompt_end = self.state.seen if prompt_end is None else prompt_end
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        remove = -int(tokens_to_remove)  # some versions pass a 0-d tensor
+        if remove < 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {int(tokens_to_remove)}")
+        if self.record_past and self.state.context is None:
+            return  # after a prompt nothing is only in a layer of another process (pipeline parallelism)
+        if remove >= max(1, len(self.undo)):
+            raise ValueError(
+                f"cannot remove {remove} tokens: a compressed cache can undo at most its last step, and only after "
+                "activate_past_recording() (assisted decoding needs transformers >= 5.17)"
+            )
+        if self.undo:
+            self.state = self.undo[len(self.undo) - 1 - remove]
+            self.undo = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state.take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state.context is not None:
+            rows = torch.arange(len(self.state.context), device=self.state.context.device)
+            self.state.take_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.state.take_rows(rows)
+
+    def offload(self) -> None:
+        raise ValueError("Cache(offloading=True) does not apply here; calidrop() keeps evicted tokens on the host")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    # ---- attention
+
+    def attend(self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor:
+        """q: [B,Hq,T,D] -> [B,Hq,T,Dv]. sink: a learned logit per query head that has no value (gpt-oss), [Hq]."""
+        assert self.pending is not None
+        (k, v), self.pending = self.pending, None
+        B, H, T, _ = k.shape
+        if self.state.context is None:
+            self.state.context = torch.zeros(B, dtype=torch.long, device=k.device)
+            self.column_bytes = (k[:, :, :1].nbytes + v[:, :, :1].nbytes) // B
+            self.is_initialized = True
+        elif len(self.state.context) != B:
+            raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
+        pos = mask.positions(B, self.state.seen, T, k.device)
+        new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
+        qs = Queries(q, pos, scale, softcap, mask.visible)
+        if self.record_past:
+            return self._recorded(qs, new, sink)
+        if T == 1 and self.state.seen:
+            self.settle()
+            return self._step(qs, new, sink)
+        return self._prompt(qs, new, sink)
+
+    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
+        would have had there. Forks share their tensors, so keeping them all costs nothing."""
+        out = []
+        prompt = min(max(0, self.prompt_end - self.state.seen), len(qs))
+        if prompt:
+            out.append(self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink))
+        self.undo = [self.state.fork()]  # type: ignore[list-item]
+        for i in range(prompt, len(qs)):
+            self.settle()
+            out.append(self._step(qs.slice(i, i + 1), new.slice(i, i + 1), sink))
+            self.undo.append(self.state.fork())  # type: ignore[arg-type]
+        return torch.cat(out, 2)
+
+    def _step(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        s = self.state
+        parts = s.store.attend(qs) if s.store else []
+        s.window.append(new)
+        o = self._finish(qs, [*parts, ops.attend(qs, s.window.tokens())], sink)
+        s.steps += 1
+        if self.plan.every and s.steps % self.plan.every == 0:
+            self.flush()
+        self._trim()
+        return o
+
+    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        s = self.state
+        parts = s.store.attend(qs) if s.store else []
+        if self.reach is not None and len(s.window):
+            s.window.append(new)
+            parts.append(ops.prompt(qs, s.window.tokens(), self.reach))
+        else:
+            if len(s.window):
+                parts.append(ops.attend(qs, s.window.tokens()))
+            parts.append(ops.prompt(qs, new, self.reach))
+            s.window.append(new)
+        assert s.context is not None
+        real = qs.pos >= 0
+        first = torch.where(real.any(1), real.int().argmax(1), len(qs))
+        s.start = torch.where(s.context == 0, s.seen + first, s.start if s.start is not None else 0)
+        s.context = s.context + s.steps + real.sum(1)
+        s.steps, s.due = 0, s.store is not None
+        o = self._finish(qs, parts, sink)
+        if self.eager:
+            self.settle()
+        self._trim(slack=0)
+        return o
+
+    def _finish(self, qs: Queries, parts: list[Partial], sink: Tensor | None) -> Tensor:
+        s = self.state
+        s.seen += len(qs)
+        if sink is not None:
+            B, Hq, T, _ = qs.q.shape
+            o = parts[0][0]
+            parts = [*parts, (torch.zeros_like(o), sink.float().view(1, Hq, 1).expand(B, Hq, T))]
+        o, lse = merge(parts)
+        if s.store is not None:
+            assert s.context is not None and s.start is not None
+            step = Observation(qs, lse, s.context, s.start)
+            s.store.observe(step)
+            for score in s.store.trackers():
+                s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
+            width = self.plan.observe
+            s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()
+        return o.to(qs.q.dtype)
+
+    def _trim(self, slack: int | None = None) -> None:
+        """A bounded layer forgets what no later query can see; while decoding, only now and then (each cut copies)."""
+        if self.reach is not None:
+            slack = max(16, self.reach // 32) if slack is None else slack
+            if len(self.state.window) > self.reach + slack:
+                self.state.window = self.state.window.tail(self.reach)
+
+    # ---- compression
+
+    def settle(self) -> None:
+        """Compress the prompt that is waiting, if one is."""
+        if self.state.due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Move everything older than the recent tokens into the store. The only place where shapes jump."""
+        s = self.state
+        s.due = False
+        n = len(s.window) - self.plan.recent
+        if n <= 0:
+            return
+        assert s.store is not None and s.obs is not None
+        moving = s.window.tokens().slice(0, n)
+        s.window = s.window.tail(self.plan.recent)
+        s.store.add(moving, s.obs)
+
+    def describe(self) -> str:
+        s = self.state
+        kind = f"sees only the last {self.reach} tokens, exact" if self.reach is not None else "exact window"
+        store = f"; {s.store.describe()}" if s.store is not None else ""
+        return f"{kind} {len(s.window)}{store}"

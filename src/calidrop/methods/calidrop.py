@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calidrop import ops
+from calidrop.attention import Partial, Queries, finite, logits, merge
+from calidrop.methods._summary import Summary
+from calidrop.observe import Observation
+from calidrop.offload import HostLog
+from calidrop.parallel import HeadGroup
+from calidrop.recipe import Layer, Rest, check_choice, check_int, check_number, method
+from calidrop.state import State
+from calidrop.store import Store
+from calidrop.tokens import Tokens
+
+
+class Answer(State):
+    """What a set of tokens said to one query per query head: o [...,D], lse [...], and mean_k [...,D], the slope of lse
+    in the query divided by the scale (the attention-weighted mean key; bent where logits are soft-capped). All fp32."""
+
+    def __init__(self, o: Tensor, lse: Tensor, mean_k: Tensor):
+        self.o, self.lse, self.mean_k = o, lse, mean_k
+
+    @staticmethod
+    def of(qs: Queries, t: Tokens) -> Answer:
+        """One query per head: qs.q [B,Hq,1,D]. Exact."""
+        s = logits(qs, t.k, t.pos)  # [B,H,G,1,N]
+        lse = s.logsumexp(-1, keepdim=True)
+        p = torch.exp(s - finite(lse))
+        slope = p if qs.softcap is None else p * (1 - (s.masked_fill(p == 0, 0.0) / qs.softcap).square())
+        B, Hq = qs.q.shape[:2]
+        o, mean_k = (w[..., 0, :] @ x.float() for w, x in ((p, t.v), (slope, t.k)))
+        return Answer(o.view(B, Hq, -1), lse.view(B, Hq), mean_k.view(B, Hq, -1))
+
+    def joined(self, other: Answer) -> Answer:
+        """The answer of the union of both sets to the same query. Exact."""
+        lse = torch.logaddexp(self.lse, other.lse)
+        a, b = (torch.exp(x.lse - finite(lse))[..., None] for x in (self, other))
+        return Answer(a * self.o + b * other.o, lse, a * self.mean_k + b * other.mean_k)
+
+
+class Calibrated(Store):
+    """Evicted tokens: on the host if at all, and remembered by what they said to a query per query head.
+
+    The device holds q, o and mean_k [B,Hq,D] and lse [B,Hq], and with `summary` a few tokens per kv head."""
+
+    def __init__(
+        self, order: int, recompute: float, apply: float, decide: str, offload: bool, summary: int, heads: HeadGroup
+    ):
+        self.order, self.recompute, self.apply, self.decide, self.heads = order, recompute, apply, decide, heads
+        self.log = HostLog() if offload else None
+        self.summary = Summary(summary) if summary else None
+        self.q: Tensor | None = None
+        self.answer: Answer | None = None
+        self.context: Tensor | None = None
+        self.value_dim = 0
+        self.asked, self.steps = 0, 0
+
+    # ---- taking tokens in
+
+    def add(self, t: Tokens, obs: Observation) -> None:
+        self.value_dim = t.v.shape[-1]
+        if self.log is not None:
+            self.log.append(t)
+        if self.summary is not None:
+            self.summary.add(t, obs)
+            if self.log is None:
+                return  # the summary answers alone
+        fresh_prompt = self.context is None or not torch.equal(self.context, obs.context)
+        self.context = obs.context
+        if self.q is None or self.answer is None:
+            self._anchor(obs, Answer.of(obs.queries.last(1), t))
+        elif fresh_prompt and self.log is not None:
+            self._anchor(obs, None)
+        else:  # a few more tokens were evicted while decoding: what they say to the old query joins the old answer
+            last = obs.queries.last(1)
+            first = self.answer.lse == float("-inf")  # heads that had lost nothing so far
+            self.q = torch.where(first[..., None], last.q[:, :, 0].float(), self.q)
+            at = Queries(self.q[:, :, None].to(t.k.dtype), last.pos, last.scale, last.softcap)
+            self.answer = self.answer.joined(Answer.of(at, t))
+
+    def _anchor(self, obs: Observation, answer: Answer | None) -> None:
+        last = obs.queries.last(1)
+        self.q = last.q[:, :, 0].to(torch.float32, copy=True)  # a view would keep the whole window alive
+        if answer is None:
+            everyone = torch.ones(self.q.shape[:2], dtype=torch.bool, device=self.q.device)
+            self._refresh(last, everyone)
+        else:
+            self.answer = answer
+
+    # ---- answering
+
+    def attend(self, qs: Queries) -> list[Partial]:
+        summarised = self.log is None and self.summary is not None
+        exact = len(qs) > 1 and self.log is not None
+        # whatever this process holds: the others may be waiting for its cosines
+        near = None if summarised or exact else self._similarity(qs)
+        if self.value_dim == 0:
+            return []
+        if self.summary is not None and summarised:
+            return [self.summary.attend(qs)]
+        if self.log is not None and exact:
+            return [merge([ops.attend(qs, t) for t in self.log.chunks()])]
+        assert near is not None and self.q is not None and self.answer is not None
+        if self.log is not None:
+            remembers = self.answer.lse > float("-inf")
+            asked = (near < self.recompute)[..., 0] & remembers
+            n, of = torch.stack([asked.sum(), remembers.sum()]).tolist()
+            self.asked, self.steps = self.asked + n, self.steps + of
+            if n:
+                self._refresh(qs, asked)
+            applied = (near >= self.apply) | asked[..., None]
+        else:
+            applied = near >= self.apply
+        lse = self.answer.lse[..., None]
+        if self.order == 1:
+            drift = (qs.q.float() - self.q[:, :, None]) @ self.answer.mean_k[..., None]  # 0 where just refreshed
+            lse = lse + qs.scale * drift[..., 0]
+        parts = [(self.answer.o[:, :, None].expand(*near.shape, -1), _where(applied, lse))]
+        if self.summary is not None:
+            o, lse = self.summary.attend(qs)
+            parts.append((o, _where(~applied, lse)))
+        return parts
+
+    def _similarity(self, qs: Queries) -> Tensor:
+        """[B,Hq,T] cosines with the remembered queries. decide="layer": their mean over the heads of the layer, on
+        whatever process, that have evicted anything."""
+        near = there = qs.q.new_zeros(qs.q.shape[:3], dtype=torch.float32)
+        if self.q is not None and self.answer is not None:
+            near = torch.cosine_similarity(qs.q.float(), self.q[:, :, None], -1)
+            there = (self.answer.lse > float("-inf")).float()[..., None].expand_as(near)
+        if self.decide == "layer":
+            total = self.heads.gather(torch.stack([near * there, there], -1)).sum(1, keepdim=True)  # [B,1,T,2]
+            near = (total[..., 0] / total[..., 1].clamp(min=1)).expand_as(near)
+        return near
+
+    def _refresh(self, qs: Queries, asked: Tensor) -> None:
+        """Recompute exactly, for the query heads in `asked` (bool [B,Hq]) and no others: chunks of their kv heads come
+        from the host and their partial answers are joined."""
+        assert self.log is not None and self.q is not None
+        B, Hq, D = self.q.shape
+        H = self._kv_heads()
+        pairs = asked.view(B, H, -1).any(-1)
+        group = Hq // H
+        rows, _ = pairs.nonzero(as_tuple=True)
+        q = qs.q[:, :, 0].view(B, H, group, D)[pairs]  # [P,G,D]
+        sub = Queries(q[:, :, None], qs.pos[rows], qs.scale, qs.softcap)
+        answer = None
+        for t in self.log.fetch(pairs):
+            part = Answer.of(sub, t)
+            answer = part if answer is None else answer.joined(part)
+        assert answer is not None
+        old = self.answer or Answer(
+            q.new_zeros(B, Hq, self.value_dim, dtype=torch.float32),
+            q.new_full((B, Hq), float("-inf"), dtype=torch.float32),
+            q.new_zeros(B, Hq, D, dtype=torch.float32),
+        )
+
+        def put(before: Tensor, after: Tensor) -> Tensor:
+            spread = before.clone().view(B, H, group, *before.shape[2:])
+            spread[pairs] = after.view(-1, group, *before.shape[2:])
+            mask = asked.view(B, Hq, *[1] * (before.dim() - 2))
+            return torch.where(mask, spread.view_as(before), before)
+
+        self.answer = Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k))
+        self.q = torch.where(asked[..., None], qs.q[:, :, 0].float(), self.q)
+
+    def _kv_heads(self) -> int:
+        assert self.log is not None
+        return self.log.segments[0].lens.shape[1]
+
+    # ---- the rest of a store
+
+    def tokens(self) -> list[Tokens]:
+        return self.log.tokens() if self.log is not None else []
+
+    @property
+    def drops(self) -> bool:
+        return self.log is None
+
+    def recomputed(self) -> tuple[int, int]:
+        return self.asked, self.steps
+
+    def describe(self) -> str:
+        n = sum(s.longest for s in self.log.segments) if self.log is not None else 0
+        where = f"{n} on the host" if self.log is not None else "freed"
+        summary = f", {self.summary.size} summary tokens" if self.summary is not None else ""
+        return f"remembered by order {self.order} ({where}){summary}"
+
+
+def _where(applied: Tensor, lse: Tensor) -> Tensor:
+    return lse.masked_fill(~applied, float("-inf"))
+
+
+@method("CaliDrop, arXiv 2507.19906")
+def calidrop(
+    order: int = 1,
+    recompute: float = 0.7,
+    apply: float | None = None,
+    decide: str = "head",
+    offload: bool = True,
+    summary: int = 0,
+) -> Rest:
+    """CaliDrop (Su et al., arXiv 2507.19906, sec. 3): evicted tokens keep answering through what they told a nearby
+    query; when the query drifts, they are asked again.
+
+    order: 0 reuses (o, lse) as they were, the published form; 1 also moves lse along its exact slope, which makes the
+    evicted set one virtual token (key mean_k, value o, a logit bias) and is exact to first order. recompute: below this
+    cosine of the query with the remembered one the answer is recomputed from the host (2: always, -2: never).
+    apply: from this cosine on the remembered answer is used; between the two a head abstains (or its summary answers).
+    None: `recompute`, that is no such band; the paper's is 0.85. decide: "head" compares every query head, "layer" the
+    mean over the heads of a layer that have evicted anything. offload: False frees evicted tokens for good. summary: so
+    many clusters of evicted tokens per kv head stay on the device as biased tokens; without offload they answer alone.
+
+    Deviations from the paper: order 1 and summary are ours; cosines are of rotated queries (the paper does not say);
+    tokens evicted while decoding join the remembered answer exactly; a block of queries (a second prompt) is answered
+    exactly from the host.
+    """
+    check_choice("calidrop: order", order, (0, 1))
+    check_number("calidrop: recompute", recompute, -2.0, 2.0)
+    if apply is not None:
+        check_number("calidrop: apply", apply, -2.0, 2.0)
+    check_choice("calidrop: decide", decide, ("head", "layer"))
+    check_choice("calidrop: offload", offload, (True, False))
+    check_int("calidrop: summary", summary, 0)
+
+    def make(layer: Layer) -> Store:
+        return Calibrated(
+            order, recompute, recompute if apply is None else apply, decide, offload, summary, layer.heads
+        )
+
+    return Rest(make, observe=32 if summary else 1)

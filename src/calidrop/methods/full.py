@@ -1,0 +1,7 @@
+from calidrop.recipe import Full, method
+
+
+@method("the uncompressed cache")
+def full() -> Full:
+    """Everything exact: what the others are compared with."""
+    return Full()

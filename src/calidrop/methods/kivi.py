@@ -1,0 +1,61 @@
+from torch import Tensor
+
+from calidrop.coded import Coded
+from calidrop.quant import BITS, dequantize, pack, quantize, unpack
+from calidrop.recipe import Layer, Storage, check_choice, check_int, method
+from calidrop.store import Store
+
+
+class ChannelKeys(Coded):
+    """Keys quantized per channel over units of `group` tokens, values per token over groups of `group` channels.
+
+    Columns: k [B,H,n,D,group*bits/8], v [B,H,n,group,D*bits/8], and their scales and zeros.
+    """
+
+    def __init__(self, bits: int, group: int):
+        super().__init__(group)
+        self.bits = bits
+
+    def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        k_codes, k_scale, k_zero = quantize(k.transpose(-1, -2), self.bits)
+        v_codes, v_scale, v_zero = quantize(v.unflatten(-1, (-1, self.group)), self.bits)
+        return {
+            "k": pack(k_codes, self.bits), "k_scale": k_scale, "k_zero": k_zero,
+            "v": pack(v_codes.flatten(-2), self.bits), "v_scale": v_scale, "v_zero": v_zero,
+        }  # fmt: skip
+
+    def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        k = dequantize(unpack(data["k"], self.bits), data["k_scale"], data["k_zero"]).transpose(-1, -2)
+        codes = unpack(data["v"], self.bits).unflatten(-1, (-1, self.group))
+        return k, dequantize(codes, data["v_scale"], data["v_zero"]).flatten(-2)
+
+    def format(self) -> str:
+        return f"{self.bits}-bit keys per channel, values per token,"
+
+
+@method("KIVI, arXiv 2402.02750")
+def kivi(bits: int = 2, group: int = 32, residual: int | None = None) -> Storage:
+    """KIVI (Liu et al., arXiv 2402.02750, alg. 1): asymmetric round-to-nearest, keys per channel, values per token.
+
+    bits: 2, 4 or 8. group: tokens per key group and channels per value group; must divide head_dim. residual: the last
+    tokens that stay exact (128 when None) if no evictor decides that. Bytes per token and head, D channels, fp16 scale
+    and zero: 2 * (D * bits / 8 + 4 * D / group).
+
+    Deviations: keys and values leave the exact window together, in groups of `group` (the paper moves keys `residual`
+    at a time and values one by one), so between `residual` and `residual + 2 * group` tokens are exact; constant groups
+    have scale 1 (0/0 in the reference). After an evictor, a second prompt ranks the decoded tokens again and rounds
+    what stays again.
+    """
+    check_choice("kivi: bits", bits, BITS)
+    check_int("kivi: group", group, 8)
+    if residual is not None:
+        check_int("kivi: residual", residual, 1)
+    if group % (8 // bits):
+        raise ValueError(f"kivi: group must fill whole bytes at {bits} bits, got {group}")
+
+    def make(layer: Layer) -> Store:
+        if layer.head_dim % group:
+            raise ValueError(f"kivi: group must divide head_dim, got group={group} and head_dim={layer.head_dim}")
+        return ChannelKeys(bits, group)
+
+    return Storage(make, 128 if residual is None else residual, group, chose_recent=residual is not None)

@@ -1,0 +1,84 @@
+"""What a method may look at: recent queries with their exact log-sum-exp. No attention matrix leaves the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from calidrop.attention import SCORE_BYTES, Queries, finite, logits
+from calidrop.state import State
+from calidrop.tokens import Tokens
+
+
+@dataclass
+class Observation(State):
+    """Queries [B,Hq,W,D] with their log-sum-exp over everything they saw.
+
+    lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
+    start: int64 [B], the column of its first real token (the number of left pads).
+    """
+
+    queries: Queries
+    lse: Float[Tensor, "B Hq W"]
+    context: Int[Tensor, " B"]
+    start: Int[Tensor, " B"]
+
+    def index(self, t: Tokens) -> Int[Tensor, "B H N"]:
+        """Where each token is in its own sequence, counted without pads."""
+        return t.pos - self.start[:, None, None]
+
+    def weights(self, t: Tokens) -> Float[Tensor, "B H W N"]:
+        """True softmax weights on the tokens, averaged over each kv head's query group. Pads weigh 0."""
+        s = logits(self.queries, t.k, t.pos)  # [B,H,G,W,N]
+        return torch.exp(s - finite(self.lse).view(*s.shape[:4], 1)).mean(2)
+
+    def mean_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
+        """`weights` averaged over the observed queries that are not pads."""
+        real = (self.queries.pos >= 0).sum(-1).clamp(min=1)
+        return self.weights(t).sum(2) / real[:, None, None]
+
+    def total_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
+        """`weights` summed over the queries, in blocks: the column sums of an attention matrix that is never held.
+
+        Tokens must be in the order of their positions, with empty slots anywhere."""
+        B, Hq, W, _ = self.queries.q.shape
+        block = min(max(1, SCORE_BYTES // max(1, 4 * B * Hq * len(t))), 256)
+        total = torch.zeros(t.pos.shape, device=t.pos.device)
+        for start in range(0, W, block):
+            part = self.slice(start, min(start + block, W))
+            later = t.pos > part.queries.pos.max()
+            n = int((~later).nonzero()[:, 2].max()) + 1 if W > 1 else len(t)  # what the whole block is too early to see
+            total[:, :, :n] += part.weights(t.slice(0, n)).sum(2)
+        return total
+
+    def slice(self, start: int, stop: int) -> Observation:
+        return Observation(self.queries.slice(start, stop), self.lse[:, :, start:stop], self.context, self.start)
+
+    def last(self, n: int) -> Observation:
+        width = len(self.queries)
+        return self.slice(max(0, width - n), width)
+
+    def then(self, new: Observation, width: int) -> Observation:
+        """This followed by `new`, cut to the last `width` queries."""
+        if len(new.queries) >= width:
+            return new.last(width).copied()
+        old = self.last(width - len(new.queries))
+        q = torch.cat([old.queries.q, new.queries.q], 2)
+        pos = torch.cat([old.queries.pos, new.queries.pos], 1)
+        lse = torch.cat([old.lse, new.lse], 2)
+        return Observation(Queries(q, pos, new.queries.scale, new.queries.softcap), lse, new.context, new.start)
+
+    def copied(self) -> Observation:
+        """Holds only its own queries (a slice would keep the whole prompt's alive), and no mask of the model."""
+        qs = self.queries
+        own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
+        return Observation(own, self.lse.clone(), self.context, self.start)
+
+    def take_rows(self, rows: Tensor) -> None:
+        qs = self.queries
+        rows = rows.to(qs.q.device)
+        self.queries = Queries(qs.q[rows], qs.pos[rows], qs.scale, qs.softcap, qs.visible)
+        self.lse, self.context, self.start = self.lse[rows], self.context[rows], self.start[rows]

@@ -1,0 +1,93 @@
+"""Picks what computes attention, and says which. Everything here has `attention.attend` as its oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calidrop.attention import Partial, Queries, grouped
+from calidrop.attention import attend as oracle
+from calidrop.tokens import Tokens
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Partial | None:
+    """torch's own fused attention with its lse, q [B,H,T,D], k and v [B,H,N,D]; None where it cannot run."""
+    if k.shape[-1] != v.shape[-1] or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the ops below take that for granted
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, 0.0, causal, scale=scale)
+    if q.device.type == "cuda" and k.shape[-1] % 8 == 0:
+        op = torch.ops.aten._scaled_dot_product_efficient_attention
+        o, lse, *_ = op(q, k, v, None, True, 0.0, causal, scale=scale)
+        return o, lse[:, :, : q.shape[2]]  # some builds pad lse to a multiple of 32
+    return None
+
+
+def attend(qs: Queries, t: Tokens, bias: Tensor | None = None) -> Partial:
+    """Attention over tokens that are all visible unless their slot is empty or `qs.visible` says otherwise.
+
+    bias: [B,H,N], added to the logits."""
+    B, Hq, T, _ = qs.q.shape
+    H = t.k.shape[1]
+    if t.dense and bias is None and qs.visible is None and qs.softcap is None:
+        # no mask needed, so the group's queries can be packed as rows of one head: keys are read once
+        out = flash(grouped(qs.q, H), t.k, t.v, qs.scale)
+        if out is not None:
+            return out[0].reshape(B, Hq, T, -1), out[1].reshape(B, Hq, T)
+    return oracle(qs, t.k, t.v, t.pos, bias)
+
+
+def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
+    """A block of new queries over itself; t are the tokens of the same columns, perhaps with older ones in front.
+
+    reach: how far back a query can see at all, when that is bounded (sliding window): saves the work beyond it."""
+    _, Hq, T, _ = qs.q.shape
+    N = len(t)
+    if qs.visible is None and qs.softcap is None and N == T:
+        rows = [_causal_row(qs, t, b, pad) for b, pad in enumerate(_left_pads(qs))] if not t.dense else None
+        if t.dense:
+            group = Hq // t.k.shape[1]
+            out = flash(qs.q, t.k.repeat_interleave(group, 1), t.v.repeat_interleave(group, 1), qs.scale, causal=True)
+            if out is not None:
+                return out
+        elif rows is not None and all(row is not None for row in rows):
+            return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])  # type: ignore[misc]
+    parts = []
+    for start in range(0, T, 256):
+        stop = min(start + 256, T)
+        first = 0 if reach is None else max(0, N - T + start - reach)
+        seen = t.slice(first, N - T + stop)
+        parts.append(oracle(qs.slice(start, stop), seen.k, seen.v, seen.pos))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _left_pads(qs: Queries) -> list[int]:
+    """Pads in front of each row; -1 for a row whose pads are elsewhere."""
+    real = qs.pos >= 0
+    pads = (~real).sum(1)
+    left = real == (torch.arange(len(qs), device=real.device) >= pads[:, None])
+    return torch.where(left.all(1), pads, -1).tolist()
+
+
+def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
+    """One left-padded row without its pads, so that no mask is needed."""
+    if pad < 0:
+        return None
+    Hq, T = qs.q.shape[1:3]
+    group = Hq // t.k.shape[1]
+    o = qs.q.new_zeros(1, Hq, T, t.v.shape[-1])
+    lse = qs.q.new_full((1, Hq, T), float("-inf"), dtype=torch.float32)
+    if pad < T:
+        q, k, v = (x[row : row + 1, :, pad:] for x in (qs.q, t.k, t.v))
+        out = flash(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), qs.scale, causal=True)
+        if out is None:
+            return None
+        o[:, :, pad:], lse[:, :, pad:] = out
+    return o, lse
+
+
+def backend(device: torch.device) -> str:
+    """What decodes exact tokens on this device."""
+    return {"cpu": "torch flash (cpu)", "cuda": "torch efficient attention"}.get(device.type, "torch oracle")

@@ -1,0 +1,253 @@
+"""The seam to transformers: one attention function and one mask function, registered under one name.
+
+The mask function returns an object instead of a tensor: the model hands it to every layer, and it is evaluated only at
+the positions that are still stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
+
+from calidrop import attention as oracle
+from calidrop.rope import Rope
+
+if TYPE_CHECKING:
+    from calidrop.layer import LayerKV
+
+ATTENTION = "calidrop"
+
+
+class Handle:
+    """What `LayerKV.update` returns in place of keys and values."""
+
+    def __init__(self, layer: LayerKV):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        # whatever another attention implementation asks of its keys first
+        raise RuntimeError(
+            f"a calidrop KVCache needs the attention implementation {ATTENTION!r}, but the model runs another one; "
+            f"call model.set_attn_implementation({ATTENTION!r}) (building a KVCache for the model does)"
+        )
+
+
+class PositionMask:
+    """The model's mask as a function of positions.
+
+    pads: bool [B, columns], True for real tokens; None: all real. new_pads: whether any of the new columns is a pad.
+    visible: None for the plain causal rule. first: the column of the first key, in a cache that forgets its oldest."""
+
+    def __init__(
+        self,
+        pads: Tensor | None = None,
+        new_pads: bool = False,
+        visible: oracle.Visible | None = None,
+        first: int = 0,
+    ):
+        self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
+
+    def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
+        """accelerate moves the inputs of every layer to its device."""
+        pads = None if self.pads is None else self.pads.to(device, non_blocking=non_blocking)
+        return PositionMask(pads, self.new_pads, self.visible, self.first)
+
+    def positions(self, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
+        """int32 [B,T]: columns of the new tokens, -1 for pads."""
+        pos = torch.arange(seen, seen + new, dtype=torch.int32, device=device).expand(batch, new)
+        if self.pads is None or not self.new_pads:
+            return pos
+        return pos.masked_fill(~self.pads[:, seen : seen + new].to(device), -1)
+
+    def columns(self, query: Tensor, heads: int, n: int) -> tuple[Tensor, Tensor]:
+        """Positions of the queries [B,T] and keys [B,heads,n] of a cache that holds the last n columns."""
+        B, _, T, _ = query.shape
+        pos = torch.arange(self.first, self.first + n, device=query.device).expand(B, heads, n)
+        q_pos = torch.arange(self.first + n - T, self.first + n, device=query.device).expand(B, T)
+        if self.pads is not None:
+            pos = pos.masked_fill(~self.pads[:, None, self.first : self.first + n].to(pos.device), -1)
+        return q_pos, pos
+
+
+def _from_function(fn: Callable) -> oracle.Visible:
+    """An index-based mask function of transformers, evaluated at positions."""
+
+    def visible(q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        B, H, _ = kv_pos.shape
+        device = kv_pos.device
+        b = torch.arange(B, device=device).view(B, 1, 1, 1)
+        h = torch.arange(H, device=device).view(1, H, 1, 1)
+        mask = fn(b, h, q_pos.clamp(min=0)[:, None, :, None].long(), kv_pos.clamp(min=0)[:, :, None, :].long())
+        return mask.expand(B, H, q_pos.shape[1], kv_pos.shape[2])
+
+    return visible
+
+
+def _from_tensor(mask: Tensor) -> oracle.Visible:
+    """A 4-D mask of the user's, bool or additive, [B,1 or H,T,columns] for the current queries."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    offset = mask.shape[-1] - mask.shape[-2]
+
+    def visible(q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        rows = (q_pos - offset).clamp(min=0).long()  # a later block of the queries starts further down
+        B, H, N = kv_pos.shape
+        picked = seen.expand(B, -1, -1, -1).gather(
+            2, rows[:, None, :, None].expand(B, seen.shape[1], -1, seen.shape[3])
+        )
+        at = kv_pos.clamp(min=0)[:, :, None].expand(B, H, rows.shape[1], N).long()
+        return picked.expand(B, H, -1, -1).gather(3, at)
+
+    return visible
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> PositionMask:
+    """What transformers calls once per kind of layer and forward pass. attention_mask: bool [B, columns] or None."""
+    if q_length == 0:
+        raise ValueError("empty prompt: expected at least one token, got none")
+    pads, start = attention_mask, int(q_offset)
+    if pads is not None and pads.shape[-1] < kv_length:
+        pads = F.pad(pads, (0, kv_length - pads.shape[-1]), value=True)
+    if pads is not None and bool(pads.all()):
+        pads = None
+    new_pads = pads is not None and not bool(pads[:, start : start + q_length].all())
+    visible = None if mask_function is causal_mask_function else _from_function(mask_function)
+    return PositionMask(pads, new_pads, visible, int(kv_offset))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: [B,Hq,T,D] -> [B,T,Hq,Dv]."""
+    if not isinstance(attention_mask, PositionMask):
+        attention_mask = PositionMask(visible=None if attention_mask is None else _from_tensor(attention_mask))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(key, Handle):
+        return _plain(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs)
+    layer = key.layer
+    owner = layer.config() if layer.config is not None else None
+    mine = getattr(module, "config", owner)
+    if owner is not mine:
+        layer.pending = None
+        raise ValueError(
+            f"this cache was built for another model ({getattr(owner, 'model_type', 'gone')}), "
+            f"got {type(module).__name__} of a {getattr(mine, 'model_type', '?')}: build one KVCache per model"
+        )
+    o = layer.attend(query, attention_mask, scale, softcap, s_aux)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PositionMask,
+    dropout: float,
+    scale: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict,
+) -> tuple[Tensor, None]:
+    """Another cache, or none: what sdpa would have done, and softcap and sinks where sdpa cannot."""
+    Hq, T = query.shape[1:3]
+    N = key.shape[2]
+    trivial = mask.visible is None and mask.pads is None and (T == 1 or T == N)
+    if softcap is None and s_aux is None:
+        q_pos, pos = mask.columns(query, 1, N)
+        dense = None if trivial else oracle.visible(oracle.Queries(query, q_pos, scale, None, mask.visible), pos)
+        return sdpa_attention_forward(module, query, key, value, dense, dropout=dropout, scaling=scale, **kwargs)
+    q_pos, pos = mask.columns(query, key.shape[1], N)
+    o, lse = oracle.attend(oracle.Queries(query, q_pos, scale, softcap, mask.visible), key, value, pos)
+    if s_aux is not None:
+        o = o * torch.sigmoid(lse - s_aux.float().view(1, Hq, 1))[..., None]
+    return o.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+# Models whose attention does not hand keys and values to the attention interface untouched.
+REFUSED = {
+    "falcon": "its attention does not use transformers' attention interface",
+    "bloom": "its attention does not use transformers' attention interface (ALiBi)",
+    "mpt": "its attention does not use transformers' attention interface (ALiBi)",
+    "gptj": "its attention does not use transformers' attention interface",
+    "codegen": "its attention does not use transformers' attention interface",
+    "gpt_neo": "its attention does not use transformers' attention interface",
+    "diffllama": "it reshapes cached keys and values inside the layer",
+    "jetmoe": "it reshapes cached keys and values inside the layer",
+}
+INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "glm4_moe", "ernie4_5", "llama4_text", "gptj", "helium")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def check_model(model: Any) -> Any:
+    """The decoder's config. Raises ValueError that names the model and the reason when it cannot work."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"expected a transformers model, got {type(model).__name__}")
+    text = config.get_text_config(decoder=True)
+    reason = REFUSED.get(text.model_type)
+    if reason is None and getattr(config, "is_encoder_decoder", False):
+        reason = "encoder-decoder models are not supported"
+    if reason is None and getattr(text, "kv_lora_rank", None):
+        reason = "multi-head latent attention caches latents, not keys and values"
+    if reason is None and (getattr(text, "num_kv_shared_layers", None) or 0) > 0:
+        reason = "its layers share keys and values"
+    if reason is None and not getattr(model, "_supports_attention_backend", False):
+        reason = "its attention does not use transformers' attention interface"
+    if reason is None:
+        unknown = sorted(set(getattr(text, "layer_types", None) or ()) - set(KNOWN_LAYERS))
+        if unknown:
+            reason = f"it has layers of kind {', '.join(unknown)}"
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} ({text.model_type}) is not supported: {reason}")
+    return text
+
+
+def layer_kinds(config: Any) -> list[int | None]:
+    """Per layer: None where attention reaches back without bound, else how many tokens it reaches."""
+    n = config.num_hidden_layers
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * n
+    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds]
+
+
+def rope_of(model: Any) -> Rope | None:
+    """The rotary frequencies of the full-attention layers; None if there are none, or not in half-split layout."""
+    if check_model(model).model_type in INTERLEAVED:
+        return None
+    for module in model.modules():
+        for name in ("full_attention_inv_freq", "inv_freq"):
+            freq = getattr(module, name, None)
+            if isinstance(freq, Tensor):
+                return Rope(freq.detach().float())
+    return None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, mask)  # type: ignore[arg-type]

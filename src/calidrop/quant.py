@@ -1,0 +1,46 @@
+"""Rounding to few bits and packing the codes. Groups lie along the last dim; metadata is fp16.
+
+Asymmetric round-to-nearest: code = round((x - zero) / scale), x ~ code * scale + zero, with zero = min and
+scale = (max - min) / (2^bits - 1). Codes are computed with the fp16-rounded scale and zero, since those are the ones
+that decode them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BITS = (2, 4, 8)
+
+
+def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [..., group]. -> codes uint8 [..., group], scale fp16 [...], zero fp16 [...]."""
+    x = x.float()
+    low, high = x.amin(-1), x.amax(-1)
+    zero = low.to(torch.float16)
+    # rounding zero to fp16 moves it; the scale must still reach the maximum
+    scale = ((high - zero.float()) / (2**bits - 1)).to(torch.float16)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant group is its zero
+    codes = ((x - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """codes: uint8 [..., group], scale and zero: [...]. -> fp32."""
+    return codes * scale.float()[..., None] + zero.float()[..., None]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., n] with one code each -> uint8 [..., n*bits/8], first code in the low bits."""
+    per_byte = 8 // bits
+    parts = codes.unflatten(-1, (-1, per_byte))
+    packed = parts[..., 0].clone()
+    for i in range(1, per_byte):
+        packed |= parts[..., i] << (bits * i)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)

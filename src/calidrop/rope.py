@@ -1,0 +1,36 @@
+"""Rotary positions: taking them off, putting them on, averaging over them. Half-split convention only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """inv_freq: [rotated dims / 2]. Dims behind the rotated ones pass through (partial rotary)."""
+
+    inv_freq: Tensor
+
+    def __deepcopy__(self, memo: dict) -> Rope:
+        return self  # a constant of the model
+
+    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x: [..., N, D], pos: broadcasts to [..., N]; a negative pos un-rotates. Exact up to fp32 rounding."""
+        angle = pos[..., None].float() * self.inv_freq.to(x.device)
+        return self.turn(x, angle.cos(), angle.sin())
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Apply the block rotation with the given cos and sin [..., rotated dims / 2] (which may be averages)."""
+        half = self.inv_freq.shape[0]
+        x = x.float()
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def mean_turn(self, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin averaged over positions start .. start+count-1. start: [B] -> [B, rotated dims / 2] each."""
+        steps = torch.arange(count, device=start.device)
+        angle = (start[:, None] + steps)[..., None].float() * self.inv_freq.to(start.device)
+        return angle.cos().mean(1), angle.sin().mean(1)

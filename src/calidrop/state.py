@@ -1,0 +1,175 @@
+"""What every part of a cache has in common: it holds tensors, and they can be counted, forked and reordered.
+
+Two rules make that possible:
+
+* every tensor attribute is batch-first, unless the class overrides `take_rows`;
+* tensors are replaced, never changed in place. The one exception is `Buffer`, which writes behind its own length.
+  So a fork (a copy of the objects that shares the tensors) is a snapshot, and costs no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class State:
+    """Base of everything a cache is made of."""
+
+    def fork(self) -> State:
+        """A snapshot that shares tensors with this object; later changes to either are not seen by the other."""
+        new = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(new, name, _fork(value))
+        return new
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Reorder, repeat or drop batch rows: row i becomes the old row `rows[i]` (int64 [B'])."""
+        for name, value in vars(self).items():
+            setattr(self, name, map_tensors(value, lambda x: x.index_select(0, rows.to(x.device)), rows))
+
+
+class Host(State):
+    """A State whose tensors live in host memory on purpose: counted as host bytes, not as device bytes."""
+
+
+def _fork(value: Any) -> Any:
+    if isinstance(value, State):
+        return value.fork()
+    if isinstance(value, dict):
+        return {key: _fork(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fork(item) for item in value]
+    return value
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
+    """Apply `fn` to the tensors inside `value`; nested States reorder themselves with `rows`."""
+    if isinstance(value, State):
+        value.take_rows(rows)
+        return value
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, fn, rows) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_tensors(item, fn, rows) for item in value]
+    return value
+
+
+def tensors(value: Any, host: bool = False) -> Iterator[Tensor]:
+    """Every tensor held by `value` on the device, or (host=True) in its `Host` parts."""
+    if isinstance(value, Tensor):
+        if not host:
+            yield value
+    elif isinstance(value, Host):
+        if host:
+            yield from (t for item in vars(value).values() for t in tensors(item))
+    elif isinstance(value, State) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        yield from (t for item in vars(value).values() for t in tensors(item, host))
+    elif isinstance(value, dict):
+        yield from (t for item in value.values() for t in tensors(item, host))
+    elif isinstance(value, list | tuple):
+        yield from (t for item in value for t in tensors(item, host))
+
+
+def held_bytes(value: Any, host: bool = False) -> int:
+    """Bytes of storage kept alive by `value`: whole storages, each counted once, whatever part of them is in use."""
+    storages = {}
+    for t in tensors(value, host):
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Buffer(State):
+    """A tensor that grows along dim 2, written in place behind its length. It grows by a 32nd of itself (16 to 512
+    slots), so little is idle and appending one by one copies each element about 32 times at most."""
+
+    def __init__(self) -> None:
+        self.data: Tensor | None = None
+        self.len = 0
+
+    def append(self, x: Tensor) -> None:
+        """x: [B,H,T,...]"""
+        need = self.len + x.shape[2]
+        if self.data is None or need > self.data.shape[2]:
+            room = need + min(max(need // 32, 16), 512)
+            grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+            if self.data is not None:
+                grown[:, :, : self.len] = self.data[:, :, : self.len]
+            self.data = grown
+        self.data[:, :, self.len : need] = x
+        self.len = need
+
+    @property
+    def value(self) -> Tensor:
+        """[B,H,len,...], a view."""
+        assert self.data is not None
+        return self.data[:, :, : self.len]
+
+
+class Ragged(State):
+    """Columns whose length differs from one (row, head) to the next, at the memory of what is really there.
+
+    data: name -> [B,H,n,...] while all lengths are equal, flat [sum(lens),...] in (row, head) order once they differ.
+    lens: int64 [B,H].
+    """
+
+    def __init__(self, data: dict[str, Tensor], keep: Tensor):
+        """data: name -> [B,H,N,...]; keep: bool [B,H,N]. Keeps the marked slots, in order."""
+        self.lens = keep.sum(-1)
+        self.longest = int(self.lens.max()) if keep.numel() else 0
+        self.uniform = bool((self.lens == self.longest).all())
+        if not self.uniform:
+            self.data = {name: x[keep] for name, x in data.items()}
+        elif self.longest == keep.shape[2]:
+            # a copy: the caller's tensors are often views of something much larger, which would stay alive
+            self.data = {name: x.clone(memory_format=torch.contiguous_format) for name, x in data.items()}
+        else:
+            order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., : self.longest]
+            self.data = {name: gather(x, order) for name, x in data.items()}
+
+    def padded(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Rectangular columns [B,H,longest,...] and which slots are real (None: all). No copy while uniform."""
+        if self.uniform:
+            return self.data, None
+        B, H = self.lens.shape
+        starts = (self.lens.flatten().cumsum(0) - self.lens.flatten()).view(B, H, 1)
+        steps = torch.arange(self.longest, device=self.lens.device)
+        valid = steps < self.lens[..., None]
+        index = (starts + steps).masked_fill(~valid, 0)
+        return {name: x[index] for name, x in self.data.items()}, valid
+
+    def append(self, data: dict[str, Tensor], keep: Tensor) -> Ragged:
+        """This content followed by the marked slots of `data`, as a new Ragged. Columns must have the same names."""
+        old, valid = self.padded()
+        if valid is None:
+            valid = keep.new_ones(*self.lens.shape, self.longest)
+        both = {name: torch.cat([x, data[name]], 2) for name, x in old.items()}
+        return Ragged(both, torch.cat([valid, keep], 2))
+
+    def replace(self, columns: dict[str, Tensor]) -> Ragged:
+        """With new or changed columns, given [B,H,longest,...] as `padded` lays them out."""
+        _, valid = self.padded()
+        new = copy.copy(self)
+        new.data = {**self.data, **{n: x if valid is None else x[valid] for n, x in columns.items()}}
+        return new
+
+    def take_rows(self, rows: Tensor) -> None:
+        data, valid = self.padded()
+        rows = rows.to(self.lens.device)
+        if valid is None:
+            valid = torch.ones(*self.lens.shape, self.longest, dtype=torch.bool, device=self.lens.device)
+        vars(self).update(vars(Ragged({name: x[rows] for name, x in data.items()}, valid[rows])))
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x: [B,H,N,...], index: int64 [B,H,n] -> [B,H,n,...]."""
+    tail = x.shape[3:]
+    return x.gather(2, index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail))

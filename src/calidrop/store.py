@@ -1,0 +1,208 @@
+"""Stores: tokens go in, queries are answered. Leaves hold a format; `Split` routes by score.
+
+Contract of a store, tested for every method:
+
+1. `attend` answers as plain attention over `tokens()` would;
+2. no token is in it twice;
+3. no token is lost, unless `drops` says so;
+4. its bytes are the bytes of the tensors it holds (`state.held_bytes`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from calidrop import ops
+from calidrop.attention import Partial, Queries
+from calidrop.observe import Observation
+from calidrop.state import Ragged, State
+from calidrop.tokens import Tokens
+
+Budget = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(score [B,H,N], valid bool [B,H,N], context int [B]) -> bool [B,H,N]: which tokens stay."""
+
+
+class Score(State, ABC):
+    """Ranks tokens: larger is more worth keeping. Sees tokens and an Observation, nothing else."""
+
+    tracks = False
+    """Whether `stats` must be called at every step (per-token statistics)."""
+
+    @abstractmethod
+    def __call__(self, t: Tokens, obs: Observation) -> Float[Tensor, "B H N"]:
+        """fp32; the values of empty slots do not matter."""
+
+    def stats(self, t: Tokens, step: Observation) -> dict[str, Tensor]:
+        """The new per-token columns after the queries of one step (all of them at a prompt)."""
+        raise NotImplementedError
+
+    def observe(self, step: Observation) -> None:
+        """Called at every step with its queries, before any flush."""
+
+    def flushed(self) -> None:
+        """Called after the score was used."""
+
+
+class Store(State, ABC):
+    """Tokens added, queries answered."""
+
+    @abstractmethod
+    def add(self, t: Tokens, obs: Observation) -> None:
+        """Take tokens in. Empty slots (pos -1) are left out."""
+
+    @abstractmethod
+    def attend(self, qs: Queries) -> list[Partial]:
+        """Answers over disjoint sets. Everything stored is older than the queries."""
+
+    @abstractmethod
+    def tokens(self) -> list[Tokens]:
+        """What is stored, decoded: the oracle answers from these."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens that were added may be gone from `tokens()`."""
+        return False
+
+    def open(self) -> list[Tokens]:
+        """Tokens that may be ranked again; taking them removes them from the store."""
+        return []
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
+        """Replace the per-token columns of everything `open` would give by `fn(tokens)`."""
+
+    def observe(self, step: Observation) -> None:
+        """Per-step statistics; most stores keep none."""
+
+    def trackers(self) -> list[Score]:
+        """Scores that want `stats` called on the tokens in front of this store too."""
+        return []
+
+    def recomputed(self) -> tuple[int, int]:
+        """How many (step, row, query head) went back to evicted tokens, and out of how many that have any."""
+        return 0, 0
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One short line: format and how many tokens."""
+
+
+class Exact(Store):
+    """Tokens as they came, packed: a head that holds less takes less memory."""
+
+    def __init__(self) -> None:
+        self.held: Ragged | None = None
+
+    def add(self, t: Tokens, obs: Observation) -> None:
+        if self.held is None:
+            self.held = Ragged(t.columns(), t.valid)
+        else:
+            self.held = self.held.append(t.columns(), t.valid)
+
+    def attend(self, qs: Queries) -> list[Partial]:
+        return [ops.attend(qs, t) for t in self.tokens()]
+
+    def tokens(self) -> list[Tokens]:
+        if self.held is None or self.held.longest == 0:
+            return []
+        return [Tokens.from_columns(*self.held.padded())]
+
+    def open(self) -> list[Tokens]:
+        held = self.tokens()
+        self.held = None
+        return held
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
+        for t in self.tokens():
+            columns = {f"stat:{name}": value for name, value in fn(t).items()}
+            assert self.held is not None
+            self.held = self.held.replace(columns)
+
+    def describe(self) -> str:
+        return f"exact {count(self.held)}"
+
+
+class Discard(Store):
+    """Where evicted tokens go when nothing remembers them."""
+
+    def add(self, t: Tokens, obs: Observation) -> None:
+        pass
+
+    def attend(self, qs: Queries) -> list[Partial]:
+        return []
+
+    def tokens(self) -> list[Tokens]:
+        return []
+
+    @property
+    def drops(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "dropped"
+
+
+class Split(Store):
+    """Rank by `score`, keep what `budget` marks in one store, pass the rest to another. Nests."""
+
+    def __init__(self, score: Score, budget: Budget, kept: Store, rest: Store):
+        self.score, self.budget, self.kept, self.rest = score, budget, kept, rest
+
+    def add(self, t: Tokens, obs: Observation) -> None:
+        t = Tokens.cat([*self.kept.open(), t])
+        if not t.dense:  # a score may look at neighbours, so no empty slot may lie between two tokens
+            t = t.select(t.valid)
+        keep = self.budget(self.score(t, obs), t.valid, obs.context)
+        self.kept.add(t.select(keep), obs)
+        evicted = t.select(~keep)
+        if len(evicted):
+            evicted.stats = {}  # nothing ranks them again
+            self.rest.add(evicted, obs)
+        self.score.flushed()
+
+    def attend(self, qs: Queries) -> list[Partial]:
+        return self.kept.attend(qs) + self.rest.attend(qs)
+
+    def tokens(self) -> list[Tokens]:
+        return self.kept.tokens() + self.rest.tokens()
+
+    @property
+    def drops(self) -> bool:
+        return self.kept.drops or self.rest.drops
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
+        self.kept.restat(fn)
+
+    def observe(self, step: Observation) -> None:
+        self.score.observe(step)
+        if self.score.tracks:
+            self.kept.restat(lambda t: self.score.stats(t, step))
+        self.kept.observe(step)
+        self.rest.observe(step)
+
+    def trackers(self) -> list[Score]:
+        own = [self.score] if self.score.tracks else []
+        return own + self.kept.trackers() + self.rest.trackers()
+
+    def recomputed(self) -> tuple[int, int]:
+        kept, rest = self.kept.recomputed(), self.rest.recomputed()
+        return kept[0] + rest[0], kept[1] + rest[1]
+
+    def describe(self) -> str:
+        return f"kept: {self.kept.describe()}; rest: {self.rest.describe()}"
+
+
+def count(held: Ragged | None) -> str:
+    """How many tokens per head, as a range when heads differ."""
+    if held is None:
+        return "0"
+    low, high = int(held.lens.min()), int(held.lens.max())
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def real(score: Float[Tensor, "B H N"], valid: Bool[Tensor, "B H N"]) -> Float[Tensor, "B H N"]:
+    """Scores with empty slots below everything."""
+    return score.float().masked_fill(~valid, float("-inf"))

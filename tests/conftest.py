@@ -1,0 +1,23 @@
+import os
+
+# Read by libraries as they are imported: before torch and transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # xdist runs one process per core
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """`(model, tokenizer)`: the embedded default, float32, on the CPU. Who uses it is slow, and leaves it as it was."""
+    from calidrop.load import load
+
+    return load(device="cpu")

@@ -1,0 +1,74 @@
+"""Drives one layer of a cache by hand: random queries, keys and values in, what it holds out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calidrop.layer import LayerKV
+from calidrop.parallel import HeadGroup
+from calidrop.plugin import PositionMask
+from calidrop.recipe import Layer, parse
+from calidrop.rope import Rope
+from calidrop.tokens import Tokens
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def random_qkv(B: int, H: int, G: int, N: int, D: int, seed: int = 0) -> QKV:
+    """q [B,H*G,N,D], k and v [B,H,N,D]; logits spread enough that attention differs from token to token."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, h, N, D, generator=draw) for h in (H * G, H, H))
+    return 2 * q, k, v
+
+
+def layer_of(recipe: str, qkv: QKV, index: int = 0, layers: int = 1, rope: Rope | None = None) -> LayerKV:
+    """An empty layer of the right shape. Positions rotate by 1, 1/10, ... unless `rope` is given."""
+    q, k, _ = qkv
+    rope = rope or Rope(0.1 ** torch.arange(k.shape[-1] // 2))
+    layer = Layer(index, layers, q.shape[1], k.shape[1], k.shape[-1], rope, HeadGroup())
+    return LayerKV(make=lambda: parse(recipe).plan(layer))
+
+
+def feed(kv: LayerKV, qkv: QKV, sizes: list[int] | None = None, pads: list[int] | None = None) -> Tensor:
+    """Attend blocks of `sizes` tokens (None: all at once), the first `pads[b]` columns of row b being pads. -> outputs
+    [B,Hq,N,D]. Goes on where the layer is."""
+    q, k, v = qkv
+    N = q.shape[2]
+    mask = None
+    if pads is not None:
+        mask = torch.arange(kv.state.seen + N) >= torch.tensor(pads)[:, None]
+    outputs, start = [], 0
+    for size in sizes or [N]:
+        at, seen = slice(start, start + size), kv.state.seen
+        kv.update(k[:, :, at], v[:, :, at])
+        new_pads = mask is not None and not bool(mask[:, seen : seen + size].all())
+        outputs.append(kv.attend(q[:, :, at], PositionMask(mask, new_pads), k.shape[-1] ** -0.5, None, None))
+        start += size
+    assert start == N, "sizes do not add up"
+    return torch.cat(outputs, 2)
+
+
+def run(
+    recipe: str, qkv: QKV, prompt: int | None = None, pads: list[int] | None = None, index: int = 0, layers: int = 1
+) -> LayerKV:
+    """A prompt of `prompt` tokens (None: all), the rest one by one; compressed at the end."""
+    kv, N = layer_of(recipe, qkv, index, layers), qkv[0].shape[2]
+    prompt = prompt or N
+    feed(kv, qkv, [prompt] + [1] * (N - prompt), pads)
+    kv.settle()
+    return kv
+
+
+def live(kv: LayerKV) -> list[Tokens]:
+    """Every token a query is answered from, decoded."""
+    window = [kv.state.window.tokens()] if len(kv.state.window) else []
+    return (kv.state.store.tokens() if kv.state.store else []) + window
+
+
+def positions(kv: LayerKV) -> list[list[list[int]]]:
+    """[row][kv head] -> the columns of its live tokens, in order; fails if one is there twice."""
+    B, H = live(kv)[-1].pos.shape[:2]
+    out = [[sorted(p for t in live(kv) for p in t.pos[b, h].tolist() if p >= 0) for h in range(H)] for b in range(B)]
+    assert all(len(set(head)) == len(head) for row in out for head in row)
+    return out

@@ -1,0 +1,105 @@
+"""The four properties of every store, for every method and many compositions, on random tensors.
+
+1. it answers as plain attention over its own `tokens()` would; 2. no token is in it twice; 3. none is lost, unless it
+says that it drops; 4. the bytes it reports are the bytes of the tensors that are really alive.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from calidrop.attention import Queries, attend, merge
+from calidrop.layer import LayerKV
+from calidrop.parallel import HeadGroup
+from calidrop.plugin import PositionMask
+from calidrop.recipe import Layer, parse
+from calidrop.rope import Rope
+from calidrop.state import held_bytes
+
+EVICTORS = [
+    "streaming_llm(budget=12, every=4)",
+    "h2o(budget=12, every=4)",
+    "tova(budget=12, every=3)",
+    "snapkv(budget=13, recent=5, every=4)",
+    "snapkv(budget=0.3, recent=5, every=4)",
+    "expected_attention(budget=12, every=4)",
+    "pyramidkv(budget=13, recent=5, every=4)",
+    "adakv(budget=13, recent=5, every=4)",
+]
+STORAGES = ["", "+kivi(bits=2, group=8)", "+kivi(bits=8, group=16)"]
+# recompute=2 asks the host at every step, so that calidrop too must answer as its tokens do
+RESTS = ["", "+calidrop(recompute=2)"]
+RECIPES = ["kivi(bits=2, group=8, residual=9)", "kivi(bits=4, group=16, residual=4)"] + [
+    e + s + r for e in EVICTORS for s in STORAGES for r in RESTS
+]
+
+
+def steps(prompts):
+    """Lengths of consecutive blocks: a prompt, generated tokens, a second prompt, and so on."""
+    for length in prompts:
+        yield length
+        yield from [1] * 11
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("rows", "heads", "group"), [(1, 3, 1), (2, 2, 3)], ids=["MHA", "GQA padded"])
+@torch.no_grad()
+def test_four_properties(recipe, rows, heads, group):
+    D = 16
+    torch.manual_seed(rows)
+    rope = Rope(10000 ** (-torch.arange(0, D // 2) / (D // 2)))
+    plan = parse(recipe)
+    layer = LayerKV(lambda: plan.plan(Layer(1, 3, heads * group, heads, D, rope, HeadGroup())))
+    pads = torch.ones(rows, 200, dtype=torch.bool)
+    if rows > 1:
+        pads[1, :10] = False
+    seen = 0
+    for T in steps((37, 23)):
+        k, v = torch.randn(2, rows, heads, T, D)
+        q = torch.randn(rows, heads * group, T, D)
+        if T == 1:
+            layer.settle()
+        before = (layer.state.store.tokens(), [layer.state.window.tokens()] if len(layer.state.window) else [])
+        mask = PositionMask(pads, new_pads=seen == 0 and rows > 1)
+        layer.update(k, v)
+        out = layer.attend(q, mask, D**-0.5, None, None)
+        pos = mask.positions(rows, seen, T, k.device)
+        qs = Queries(q, pos, D**-0.5)
+        sets = [(t.k, t.v, t.pos) for part in before for t in part] + [(k, v, pos[:, None].expand(rows, heads, T))]
+        want, _ = merge([attend(qs, *s) for s in sets])
+        real = (pos >= 0)[:, None, :, None]
+        torch.testing.assert_close(out * real, want * real, atol=2e-5, rtol=1e-4)
+        seen += T
+        check_tokens(layer, pads[:, :seen])
+        check_bytes(layer)
+
+
+def check_tokens(layer, real):
+    stored = layer.state.store.tokens() + ([layer.state.window.tokens()] if len(layer.state.window) else [])
+    for b in range(real.shape[0]):
+        everything = real[b].nonzero().flatten().tolist()
+        for h in range(stored[-1].pos.shape[1]):
+            held = sorted(p for t in stored for p in t.pos[b, h].tolist() if p >= 0)
+            assert len(held) == len(set(held)), "a token is there twice"
+            assert set(held) <= set(everything)
+            if not layer.state.store.drops:
+                assert held == everything, "a token is lost"
+
+
+def check_bytes(layer):
+    """Every storage reachable from the layer's state through the garbage collector, against what it reports."""
+    found, queue, known = {}, [layer.state], set()
+    while queue:
+        item = queue.pop()
+        if id(item) in known or isinstance(item, type) or (callable(item) and not hasattr(item, "__dict__")):
+            continue
+        known.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif not callable(item) or hasattr(item, "stats"):
+            queue.extend(x for x in gc.get_referents(item) if not isinstance(x, (type, str, int, float)))
+    found.pop(0, None)
+    rope = 8 * 4  # the model's own frequencies, reachable through expected_attention's score
+    reported = held_bytes(layer.state) + held_bytes(layer.state, host=True)
+    assert sum(found.values()) - reported in (0, rope), (sum(found.values()), reported)
