@@ -18,6 +18,6 @@ def _seed():
 @pytest.fixture(scope="session")
 def smollm2():
     """`(model, tokenizer)`: the embedded default, float32, on the CPU. Who uses it is slow, and leaves it as it was."""
-    from calidrop.load import load
+    from calidrop.models import load
 
     return load(device="cpu")

@@ -1,6 +1,6 @@
 """What each process of tests/test_distributed.py runs, and what one process alone runs for comparison.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/distributed_worker.py tp|pp FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/distributed_worker.py FOLDER
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import calidrop
+from calidrop.store import Split, Store
 from tiny import batch, generate, tiny
 
 NEW = 18
@@ -47,8 +48,9 @@ GATHERED = {recipe: (recipe, {}) for recipe in [ADA, f"{SNAP}+calidrop(recompute
 def models() -> dict[str, tuple[Any, dict]]:
     """Per name a model and its cases. Two processes share llama's kv heads; olmo2's tensor parallel plan gathers the
     keys again, so that each process has all heads, and their number may be odd."""
-    llama = tiny("llama", num_hidden_layers=4, hidden_size=128, num_attention_heads=8, num_key_value_heads=4)
-    olmo2 = tiny("olmo2", num_attention_heads=6, num_key_value_heads=3)
+    shape = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    llama = tiny("llama", vocab_size=98, **shape)  # even: older versions cannot share another one
+    olmo2 = tiny("olmo2", vocab_size=98, num_attention_heads=6, num_key_value_heads=3)
     return {"llama": (llama, CASES), "olmo2": (olmo2, GATHERED)}
 
 
@@ -58,12 +60,11 @@ def run(model: Any, recipe: str, eager: bool = False, rows: int = 2, **kwargs: A
     inputs = batch(rows=rows, length=48, pads=(0, 7))
     tokens, logits = generate(model, inputs, cache, new=NEW, **kwargs)
     stores = [layer.state.store for layer in cache.layers]
-    kept = [getattr(getattr(store, "kept", None), "held", None) for store in stores]
     counts = [store.recomputed() for store in stores if store is not None]
     return {
         "tokens": tokens,
         "logits": logits,
-        "kept": [None if held is None else held.lens for held in kept],  # [B,H] of every layer held here
+        "kept": [kept(store) for store in stores],
         "recomputed": [sum(n) for n in zip(*counts, strict=True)],
         "rate": cache.recompute_rate,
         "bytes": (cache.nbytes, cache.host_nbytes, cache.full_nbytes),
@@ -72,23 +73,33 @@ def run(model: Any, recipe: str, eager: bool = False, rows: int = 2, **kwargs: A
     }
 
 
+def kept(store: Store | None) -> torch.Tensor | None:
+    """How many tokens each head keeps, [B,H]; None without eviction, and for the layers of another process."""
+    held = store.kept.tokens() if isinstance(store, Split) else []
+    return torch.stack([t.valid.sum(-1) for t in held]).sum(0) if held else None
+
+
 def runs(model: Any, cases: dict) -> dict[str, dict[str, Any]]:
     return {name: run(model, recipe, **kwargs) for name, (recipe, kwargs) in cases.items()}
 
 
-def main(mode: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(tp_size=2) if mode == "tp" else DistributedConfig(pp_size=2)
+    tensor, pipeline = DistributedConfig(tp_size=2), DistributedConfig(pp_size=2)
     results = {}
-    for name, cases in ({"llama": CASES, "olmo2": GATHERED} if mode == "tp" else {"llama": CASES}).items():
+    for mode, name, config, cases in [
+        ("tensor parallel", "llama", tensor, CASES),
+        ("tensor parallel", "olmo2", tensor, GATHERED),
+        ("pipeline parallel", "llama", pipeline, CASES),
+    ]:
         model = AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config, dtype=torch.float32)
-        results[name] = runs(model, cases)
-    torch.save(results, folder / f"{mode}{dist.get_rank()}.pt")
+        results[mode, name] = runs(model, cases)
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

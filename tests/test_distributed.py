@@ -11,18 +11,19 @@ import torch
 import transformers
 from packaging.version import Version
 
+from calidrop import KVCache, load
+from calidrop.parallel import HeadGroup
 from distributed_worker import models, runs
+from tiny import tiny
 
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.17"), reason="DistributedConfig has not all that is used here"
-)
 WORKER = Path(__file__).with_name("distributed_worker.py")
+EXAMPLE = Path(__file__).parents[1] / "examples/tensor_parallel.py"
 
 
-def launch(mode: str, folder: Path) -> list[dict]:
-    """What both processes saved. Those that wait for each other for ever are ended."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(WORKER), mode, str(folder)]
+def torchrun(processes: int, script: Path, *arguments: str) -> str:
+    """What the processes print. Where they wait for each other for ever, they are ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(script), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         try:
@@ -32,7 +33,7 @@ def launch(mode: str, folder: Path) -> list[dict]:
             output, _ = process.communicate(timeout=60)
             output += "\n(took more than 300 s)"
     assert process.returncode == 0, output[-6000:]
-    return [torch.load(folder / f"{mode}{rank}.pt") for rank in range(2)]
+    return output
 
 
 def check_answers(one: dict, ranks: list[dict], tolerance: float) -> None:
@@ -42,6 +43,7 @@ def check_answers(one: dict, ranks: list[dict], tolerance: float) -> None:
         assert torch.equal(rank["tokens"], one["tokens"])
         assert rank["length"] == one["length"]
         assert rank["lines"] == one["lines"]  # describe() works, whatever layers are here
+        assert 0 <= rank["rate"] <= 1
 
 
 def check_shares(one: dict, ranks: list[dict]) -> None:
@@ -50,62 +52,67 @@ def check_shares(one: dict, ranks: list[dict]) -> None:
     assert [sum(n) for n in others] == list(one["bytes"][1:])
     assert one["bytes"][0] <= sum(nbytes) <= 1.01 * one["bytes"][0]  # positions of queries and the like are in both
     assert [sum(n) for n in zip(*(rank["recomputed"] for rank in ranks), strict=True)] == one["recomputed"]
-    assert all(0 <= rank["rate"] <= 1 for rank in ranks)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, dict]:
-    """A folder with the models, and what one process does with them."""
-    folder, results = tmp_path_factory.mktemp("distributed"), {}
-    for name, (model, cases) in models().items():
-        model.save_pretrained(folder / name)
-        results[name] = runs(model, cases)
-    return folder, results
 
 
 def tolerance(case: str) -> float:
-    """Sums over hidden channels are ordered differently in two processes. Where that moves a key or value across the
-    middle between two codes of a quantizer, the difference is a step of it; about every other run has one."""
+    """Two processes add up hidden channels in another order. Where that moves a key or value across the middle between
+    two codes of a quantizer, the difference is a step of it; about every other run has one."""
     return 2e-2 if "kivi" in case else 2e-4
 
 
-# One test a mode: the imports of the two processes cost more than all cases together.
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="its DistributedConfig is another one")
+def test_two_processes_do_what_one_does(tmp_path):
+    # One test, because the imports of the two processes cost more than all its cases together.
+    alone = {}
+    for name, (model, cases) in models().items():
+        model.save_pretrained(tmp_path / name)
+        alone[name] = runs(model, cases)
+    torchrun(2, WORKER, str(tmp_path))
+    ranks, uneven = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], 0
+    for mode, name in ranks[0]:
+        for case, one in alone[name].items():
+            print(mode, name, case)  # shown with a failure
+            both = [rank[mode, name][case] for rank in ranks]
+            if name == "olmo2":  # both hold all heads, and must not take them for a half
+                check_answers(one, both, tolerance(case))
+                for rank in both:
+                    assert all(rank[what] == one[what] for what in ("bytes", "recomputed", "rate"))
+                    assert all(torch.equal(a, b) for a, b in zip(rank["kept"], one["kept"], strict=True))
+                continue
+            check_answers(one, both, tolerance(case))
+            check_shares(one, both)
+            for layer, whole in enumerate(one["kept"]):
+                here, there = (rank["kept"][layer] for rank in both)
+                if mode == "pipeline parallel":
+                    here, there = (here, there) if layer < 2 else (there, here)
+                    assert there is None
+                    assert whole is None or torch.equal(here, whole)
+                elif whole is not None:  # every head keeps what it does in one process
+                    assert here.shape[1] == there.shape[1] == 2
+                    assert torch.equal(torch.cat([here, there], 1), whole)
+                    uneven += case.startswith("adakv") and int((here.sum(1) != there.sum(1)).sum())
+    assert uneven > 8, "adakv did not share its budget across processes"
 
 
-def test_tensor_parallel(alone):
-    folder, results = alone
-    ranks = launch("tp", folder)
-    uneven = 0
-    for case, one in results["llama"].items():
-        both = [rank["llama"][case] for rank in ranks]
-        print(case)  # shown with a failure
-        check_answers(one, both, tolerance(case))
-        check_shares(one, both)
-        for whole, *parts in zip(one["kept"], *(rank["kept"] for rank in both), strict=True):
-            if whole is not None:
-                assert all(part.shape[1] == 2 for part in parts)
-                assert torch.equal(torch.cat(parts, 1), whole)  # every head holds what it does in one process
-                uneven += case.startswith("adakv") and int((parts[0].sum(1) != parts[1].sum(1)).sum())
-    assert uneven > 8, "budgets were not shared across processes"
-    for case, one in results["olmo2"].items():  # its processes hold all heads, and must not take them for a half
-        print("olmo2:", case)
-        both = [rank["olmo2"][case] for rank in ranks]
-        check_answers(one, both, tolerance(case))
-        for rank in both:
-            assert rank["bytes"] == one["bytes"]
-            assert rank["recomputed"] == one["recomputed"]
-            assert all(torch.equal(a, b) for a, b in zip(rank["kept"], one["kept"], strict=True))
+def test_kv_heads_must_divide(monkeypatch):
+    group = HeadGroup()
+    group.size = 2
+    monkeypatch.setattr(HeadGroup, "of", lambda model: group)
+    with pytest.raises(ValueError, match="3 kv heads cannot be spread evenly over 2 processes"):
+        KVCache(tiny(num_key_value_heads=3))
 
 
-def test_pipeline_parallel(alone):
-    folder, results = alone
-    ranks = launch("pp", folder)
-    for case, one in results["llama"].items():
-        both = [rank["llama"][case] for rank in ranks]
-        print(case)
-        check_answers(one, both, tolerance=0)  # the same layers on the same numbers, elsewhere
-        check_shares(one, both)
-        for layer, whole in enumerate(one["kept"]):
-            here, there = (both[i]["kept"][layer] for i in ((0, 1) if layer < 2 else (1, 0)))
-            assert there is None
-            assert whole is None or torch.equal(here, whole)
+def test_load_takes_either_a_device_or_processes(tmp_path):
+    with pytest.raises(ValueError, match="got device='cpu' too"):
+        load(str(tmp_path), device="cpu", distributed_config=object())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="its DistributedConfig is another one")
+@pytest.mark.parametrize("arguments", ["3", "2 --pipeline"])  # the default model has 3 kv heads
+def test_example(arguments):
+    processes, *options = arguments.split()
+    output = torchrun(int(processes), EXAMPLE, *options)
+    assert output.count("adakv(budget=64, recent=16)+calidrop: ") == int(processes)
+    assert ("in another process" in output) == bool(options)
+    assert " banana." in output

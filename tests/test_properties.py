@@ -27,11 +27,39 @@ EVICTORS = [
     "pyramidkv(budget=13, recent=5, every=4)",
     "adakv(budget=13, recent=5, every=4)",
 ]
-STORAGES = ["", "+kivi(bits=2, group=8)", "+kivi(bits=8, group=16)"]
+STORAGES = [
+    "kivi(bits=2, group=8)",
+    "kivi(bits=8, group=16)",
+    "int8",
+    "int4",
+    "fp8",
+    "ott(bits=4, block=8, pool=2, spill=5, skip=0)",
+    "mixkvq(block=16, group=8)",
+    "decoquant(bits=4)",
+    "think(keep=0.6)",
+    "think(keep=0.5, values=0.5)+kivi(bits=2, group=8)",
+    "think+int4",
+]
+ALONE = [
+    "kivi(bits=2, group=8, residual=9)",
+    "kivi(bits=4, group=16, residual=4)",
+    "int8(residual=0)",
+    "int4(residual=3)",
+    "int4(rotate=False)",
+    "fp8(residual=5)",
+    "ott(bits=2, block=8, pool=2, spill=5, skip=0, residual=3)",
+    "mixkvq(block=16, group=8, quota=(1, 2, 13), residual=5)",
+    "decoquant(bits=2, residual=3)",
+    "think(keep=0.6, recent=4)",
+]
 # recompute=2 asks the host at every step, so that calidrop too must answer as its tokens do
-RESTS = ["", "+calidrop(recompute=2)"]
-RECIPES = ["kivi(bits=2, group=8, residual=9)", "kivi(bits=4, group=16, residual=4)"] + [
-    e + s + r for e in EVICTORS for s in STORAGES for r in RESTS
+RESTS = ["calidrop(recompute=2)", "mikv(bits=2)", "mikv(bits=3, balancer=False)"]
+RECIPES = [
+    *ALONE,
+    *EVICTORS,
+    *(f"{e}+{s}" for e in EVICTORS[2:4] + EVICTORS[-1:] for s in STORAGES),
+    *(f"{e}+{r}" for e in EVICTORS for r in RESTS[:2]),
+    *(f"h2o(budget=12, every=4)+{s}+{r}" for s in STORAGES for r in RESTS),
 ]
 
 
@@ -97,7 +125,7 @@ def check_bytes(layer):
         known.add(id(item))
         if isinstance(item, torch.Tensor):
             found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif not callable(item) or hasattr(item, "stats"):
+        elif not callable(item) or hasattr(item, "observe"):
             queue.extend(x for x in gc.get_referents(item) if not isinstance(x, (type, str, int, float)))
     found.pop(0, None)
     rope = 8 * 4  # the model's own frequencies, reachable through expected_attention's score

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import calidrop
+from calidrop.layer import LayerKV
 from calidrop.state import held_bytes
 from tiny import FAMILIES, batch, generate, row, tiny, worst
 
@@ -126,7 +127,7 @@ def test_speculative_decoding_is_plain_decoding(llama, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("chunk", [7, 16, 61])
+@pytest.mark.parametrize("chunk", [7, 20, 61])  # 61 = 3 * 20 + 1
 def test_chunked_prefill_is_plain_prefill(llama, recipe, chunk):
     inputs = batch()
     plain, logits = generate(llama, inputs, calidrop.KVCache(llama, recipe))
@@ -178,12 +179,33 @@ def test_two_conversations_interleaved(llama, recipe):
         assert worst(torch.stack(logits[i], 1), want[i]) < 2e-4
 
 
-def test_eager_compresses_in_the_prefill(llama):
-    inputs = batch()
-    recipe = "snapkv(budget=24, recent=8)"
-    plain, _ = generate(llama, inputs, calidrop.KVCache(llama, recipe))
-    eager, _ = generate(llama, inputs, calidrop.KVCache(llama, recipe, eager=True))
-    assert torch.equal(plain, eager)
+@pytest.mark.parametrize("chunk", [None, 20])
+def test_generate_compresses_each_layer_in_the_prefill(llama, chunk):
+    """Not all at the end: that would hold the whole uncompressed cache once."""
+    inputs, held, flush = batch(), [], LayerKV.flush
+    cache = calidrop.KVCache(llama, "snapkv(budget=24, recent=8)")
+
+    def spy(self):
+        flush(self)
+        held.append([len(layer.state.window) for layer in cache.layers])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerKV, "flush", spy)
+        generate(llama, inputs, cache, new=1, prefill_chunk_size=chunk)
+    before = 0 if chunk is None else 60
+    assert held == [[8, before, before], [8, 8, before], [8, 8, 8]]
+
+
+@torch.no_grad()
+def test_a_plain_call_waits_and_eager_does_not(llama):
+    inputs, recipe = batch(), "snapkv(budget=24, recent=8)"
+    plain, eager = calidrop.KVCache(llama, recipe), calidrop.KVCache(llama, recipe, eager=True)
+    llama(**inputs, past_key_values=plain)
+    llama(**inputs, past_key_values=eager)
+    assert [len(layer.state.window) for layer in plain.layers] == [61] * 3
+    assert [len(layer.state.window) for layer in eager.layers] == [8] * 3
+    assert plain.nbytes == eager.nbytes
+    assert [len(layer.state.window) for layer in plain.layers] == [8] * 3
 
 
 def test_prefix_reuse_by_deepcopy(llama):

@@ -5,9 +5,23 @@ cache = calidrop.KVCache(model, "snapkv(budget=256)+calidrop")
 out = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
 """
 
-from calidrop.cache import KVCache as KVCache
-from calidrop.load import load as load
-from calidrop.recipe import Recipe as Recipe
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calidrop.cache import KVCache as KVCache
+    from calidrop.models import load as load
+    from calidrop.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 __all__ = ["KVCache", "Recipe", "load"]
+
+_HOME = {"KVCache": "cache", "Recipe": "recipe", "load": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first asked for: torch and transformers take seconds that `calidrop --help` need not."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'calidrop' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"calidrop.{_HOME[name]}"), name)

@@ -23,9 +23,10 @@ class KVCache(Cache):
     """A compressed KV cache for `model.generate(..., past_key_values=cache)` or a plain forward call.
 
     model: a transformers decoder; its attention implementation is set to "calidrop" (a DynamicCache still works there).
-    recipe: what to do, as a string or as parts ("full" compresses nothing). eager: compress every layer right after
-    its part of a prompt was attended, which lowers the peak of the prefill to one layer's full cache, and makes a
-    prompt fed in chunks be compressed chunk by chunk.
+    recipe: what to do, as a string or as parts ("full" compresses nothing). eager: in
+    plain forward calls, compress every layer right after it attended a block of tokens, as `generate` does at the end
+    of a prompt, instead of when the next token comes: the peak is one layer's full cache, and a prompt fed in several
+    calls is compressed call by call.
 
     Raises ValueError for a recipe that makes no sense and for a model that cannot work.
     """
@@ -130,7 +131,9 @@ class KVCache(Cache):
             f"{self.full_nbytes:,} uncompressed; decode by {ops.backend(device)}"
         ]
         for i, layer in enumerate(self._mine):
-            lines.append(f"  layer {i}: {layer.describe()}; {held_bytes(layer.state):,} bytes")
+            elsewhere = layer.state.context is None and self.get_seq_length() > 0  # pipeline parallelism
+            what = "in another process" if elsewhere else layer.describe()
+            lines.append(f"  layer {i}: {what}; {held_bytes(layer.state):,} bytes")
         return "\n".join(lines)
 
 

@@ -227,7 +227,7 @@ def _load(name: str | None, threads: int | None) -> tuple[Any, Any]:
     with Console(stderr=True).status("Starting torch"):
         import torch
 
-        from calidrop.load import load
+        from calidrop.models import load
     if threads is not None:
         torch.set_num_threads(threads)
     return load(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,12 +22,15 @@ class Coded(Store):
 
     A unit of `group` tokens is filled per (row, head) from its first token on, so pads and unequal heads do not disturb
     it; tokens that do not fill one yet wait, exact. `held` has a column per encoded tensor, [B,H,units,...]. A format
-    says how a unit is encoded and decoded, and may look at the observation before its first one (`prepare`).
+    says how a unit is encoded and decoded, may look at what comes first (`prepare`), may keep some tokens exact
+    (`beside`), and may work in a basis of its own (`turn`, `unturn`, `restore`), so that a rotation is applied to a few
+    queries and outputs instead of all keys and values.
     """
 
     def __init__(self, group: int = 1):
         self.group = group
         self.waiting = Exact()
+        self.beside: list[Exact] = []
         self.held: Ragged | None = None
         self.dtype = torch.float32
 
@@ -36,14 +40,27 @@ class Coded(Store):
 
     @abstractmethod
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The inverse, as nearly as the format can."""
+        """The inverse, as nearly as the format can, in the format's own basis: k, v [B,H,units,group,D]."""
 
     @abstractmethod
     def format(self) -> str:
         """A few words for `describe`."""
 
-    def prepare(self, t: Tokens, obs: Observation) -> None:
-        """Called before tokens are encoded, with those that are about to be."""
+    def prepare(self, t: Tokens, obs: Observation) -> Tokens:
+        """Called with the tokens of full units before they are encoded; may take some out by emptying their slots."""
+        return t
+
+    def turn(self, q: Tensor) -> Tensor:
+        """q: [B,Hq,T,D] -> what has the same product with a decoded key as q has with the key."""
+        return q
+
+    def unturn(self, o: Tensor) -> Tensor:
+        """o: [B,Hq,T,Dv], a mean of decoded values -> the same mean of values."""
+        return o
+
+    def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded keys and values out of the format's basis."""
+        return k, v
 
     def add(self, t: Tokens, obs: Observation) -> None:
         self.dtype = t.k.dtype
@@ -52,48 +69,67 @@ class Coded(Store):
         whole = t.valid.sum(-1) // self.group  # [B,H] full units
         most = int(whole.max())
         column = torch.arange(len(t), device=t.pos.device)
-        late = t.select(t.valid & (column >= (whole * self.group)[..., None]))
-        if len(late):
-            self.waiting.add(late, obs)
+        late = column >= (whole * self.group)[..., None]
+        if bool((late & t.valid).any()):
+            self.waiting.add(t.select(late), obs)
         if most == 0:
             return
-        full = torch.arange(most, device=t.pos.device) < whole[..., None]
-        t = t.slice(0, most * self.group)
-        self.prepare(t, obs)
+        t.pos, t.dense = t.pos.masked_fill(late, -1), False
+        t = self.prepare(t.slice(0, most * self.group), obs)
         units = {n: x.unflatten(2, (most, self.group)) for n, x in t.columns().items()}
         data = self.encode(units.pop("k"), units.pop("v")) | units
+        full = torch.arange(most, device=t.pos.device) < whole[..., None]
         self.held = Ragged(data, full) if self.held is None else self.held.append(data, full)
 
-    def decoded(self) -> list[Tokens]:
+    def _units(self) -> Tokens | None:
+        """What is encoded, in the format's basis."""
         if self.held is None or self.held.longest == 0:
-            return []
+            return None
         data, full = self.held.padded()
         k, v = self.decode(data)
         kept = {n: x for n, x in data.items() if n == "pos" or n.startswith("stat:")}
         columns = {"k": k.to(self.dtype), "v": v.to(self.dtype), **kept}
         valid = None if full is None else full[..., None].expand(*full.shape, self.group).flatten(2)
-        return [Tokens.from_columns({n: x.flatten(2, 3) for n, x in columns.items()}, valid)]
+        t = Tokens.from_columns({n: x.flatten(2, 3) for n, x in columns.items()}, valid)
+        t.dense = t.dense and not self.beside  # those that are kept beside left empty slots
+        return t
+
+    def _restored(self) -> list[Tokens]:
+        t = self._units()
+        if t is None:
+            return []
+        k, v = self.restore(t.k.float(), t.v.float())
+        return [Tokens(k.to(self.dtype), v.to(self.dtype), t.pos, t.stats, t.dense)]
+
+    def _exact(self) -> list[Exact]:
+        return [*self.beside, self.waiting]
 
     def attend(self, qs: Queries) -> list[Partial]:
-        return [ops.attend(qs, t) for t in self.tokens()]
+        parts = [part for store in self._exact() for part in store.attend(qs)]
+        t = self._units()
+        if t is not None:
+            o, lse = ops.attend(replace(qs, q=self.turn(qs.q).to(qs.q.dtype)), t)
+            parts.append((self.unturn(o), lse))
+        return parts
 
     def tokens(self) -> list[Tokens]:
-        return self.decoded() + self.waiting.tokens()
+        return self._restored() + [t for store in self._exact() for t in store.tokens()]
 
     def open(self) -> list[Tokens]:
         """Decoded: what is kept again is rounded again, on new units if tokens between were dropped."""
-        out = self.decoded() + self.waiting.open()
+        out = self._restored() + [t for store in self._exact() for t in store.open()]
         self.held = None
         return out
 
     def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        for t in self.decoded():
+        for t in self._restored():
             assert self.held is not None
             columns = {f"stat:{n}": x.unflatten(2, (-1, self.group)) for n, x in fn(t).items()}
             self.held = self.held.replace(columns)
-        self.waiting.restat(fn)
+        for store in self._exact():
+            store.restat(fn)
 
     def describe(self) -> str:
         units = f"{count(self.held)} units of {self.group}" if self.group > 1 else count(self.held)
-        waiting = f", exact {count(self.waiting.held)}" if self.group > 1 else ""
-        return f"{self.format()} {units}{waiting}"
+        exact = "".join(f", exact {count(store.held)}" for store in self._exact() if store.held is not None)
+        return f"{self.format()} {units}{exact}"

@@ -1,8 +1,8 @@
 """One layer of the cache: an exact window in front of one store.
 
 Tokens flow one way, and only at a flush. What was generated is flushed every so many steps (if the recipe says so); a
-prompt is flushed once it is known to be complete: at the next generated token, or when someone asks for the size. Until
-then it may still be growing (chunked prefill), and compressing early would make chunks change the answer.
+prompt is flushed once it is known to be complete: at once under `generate`, else at the next single token, or when
+someone asks for the size. Until then it may still grow, and compressing early would make chunks change the answer.
 """
 
 from __future__ import annotations
@@ -143,10 +143,13 @@ class LayerKV(CacheLayerMixin):
         qs = Queries(q, pos, scale, softcap, mask.visible)
         if self.record_past:
             return self._recorded(qs, new, sink)
-        if T == 1 and self.state.seen:
+        if T == 1 and self.state.seen and not mask.prompt:
             self.settle()
             return self._step(qs, new, sink)
-        return self._prompt(qs, new, sink)
+        o = self._prompt(qs, new, sink)
+        if self.eager or mask.ends:
+            self.settle()
+        return o
 
     def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
         """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
@@ -191,8 +194,6 @@ class LayerKV(CacheLayerMixin):
         s.context = s.context + s.steps + real.sum(1)
         s.steps, s.due = 0, s.store is not None
         o = self._finish(qs, parts, sink)
-        if self.eager:
-            self.settle()
         self._trim(slack=0)
         return o
 
@@ -210,8 +211,9 @@ class LayerKV(CacheLayerMixin):
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
-            width = self.plan.observe
-            s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()
+            if s.due or self.plan.every:  # otherwise nothing will ask before the next prompt
+                width = self.plan.observe
+                s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()
         return o.to(qs.q.dtype)
 
     def _trim(self, slack: int | None = None) -> None:
@@ -233,12 +235,13 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         s.due = False
         n = len(s.window) - self.plan.recent
-        if n <= 0:
-            return
-        assert s.store is not None and s.obs is not None
-        moving = s.window.tokens().slice(0, n)
-        s.window = s.window.tail(self.plan.recent)
-        s.store.add(moving, s.obs)
+        if n > 0:
+            assert s.store is not None and s.obs is not None
+            moving = s.window.tokens().slice(0, n)
+            s.window = s.window.tail(self.plan.recent)
+            s.store.add(moving, s.obs)
+        if not self.plan.every:
+            s.obs = None
 
     def describe(self) -> str:
         s = self.state

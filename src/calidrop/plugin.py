@@ -6,7 +6,9 @@ the positions that are still stored.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +45,9 @@ class PositionMask:
     """The model's mask as a function of positions.
 
     pads: bool [B, columns], True for real tokens; None: all real. new_pads: whether any of the new columns is a pad.
-    visible: None for the plain causal rule. first: the column of the first key, in a cache that forgets its oldest."""
+    visible: None for the plain causal rule. first: the column of the first key, in a cache that forgets its oldest.
+    prompt: whether the new columns belong to a prompt though there may be only one. ends: whether they end it; None
+    where that is not known."""
 
     def __init__(
         self,
@@ -51,13 +55,16 @@ class PositionMask:
         new_pads: bool = False,
         visible: oracle.Visible | None = None,
         first: int = 0,
+        prompt: bool = False,
+        ends: bool | None = None,
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
+        self.prompt, self.ends = prompt, ends
 
     def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
         """accelerate moves the inputs of every layer to its device."""
         pads = None if self.pads is None else self.pads.to(device, non_blocking=non_blocking)
-        return PositionMask(pads, self.new_pads, self.visible, self.first)
+        return PositionMask(pads, self.new_pads, self.visible, self.first, self.prompt, self.ends)
 
     def positions(self, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
         """int32 [B,T]: columns of the new tokens, -1 for pads."""
@@ -127,7 +134,24 @@ def mask(
         pads = None
     new_pads = pads is not None and not bool(pads[:, start : start + q_length].all())
     visible = None if mask_function is causal_mask_function else _from_function(mask_function)
-    return PositionMask(pads, new_pads, visible, int(kv_offset))
+    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(sys._getframe(1)))
+
+
+def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:
+    """Whether `generate` is in its prefill, and whether this forward pass is the last of it (None: not known).
+
+    Nothing that reaches a cache says so, but compression must wait for the whole prompt: `prefill_chunk_size` feeds it
+    in several passes, the last of which may be a single token. Where `generate` is written differently than here, the
+    answer is (False, None), and a prompt is compressed when the next token comes."""
+    while frame is not None:
+        if frame.f_code.co_name == "_prefill":
+            names = frame.f_locals
+            if getattr(names.get("generation_config"), "prefill_chunk_size", 0) is None:
+                return True, True
+            chunks, at = names.get("input_chunks"), names.get("chunk_idx")
+            return True, None if chunks is None or at is None else at == len(chunks) - 1
+        frame = frame.f_back
+    return False, None
 
 
 def attend(

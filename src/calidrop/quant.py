@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BITS = (2, 4, 8)
+LARGEST = torch.finfo(torch.float16).max
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """x: [..., group]. -> codes uint8 [..., group], scale fp16 [...], zero fp16 [...]."""
-    x = x.float()
+    x = x.float().clamp(-LARGEST, LARGEST)  # beyond, fp16 zeros would be infinite and codes NaN
     low, high = x.amin(-1), x.amax(-1)
     zero = low.to(torch.float16)
     # rounding zero to fp16 moves it; the scale must still reach the maximum
@@ -31,7 +31,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] with one code each -> uint8 [..., n*bits/8], first code in the low bits."""
+    """uint8 [..., n] with one code each -> uint8 [..., n*bits/8], first code in the low bits. n must fill whole bytes
+    (3 bits: eight codes in three bytes)."""
+    if bits == 3:
+        eight = codes.unflatten(-1, (-1, 8)).to(torch.int32) << torch.arange(0, 24, 3, device=codes.device)
+        word = eight.sum(-1, dtype=torch.int32)[..., None]
+        return (word >> torch.arange(0, 24, 8, device=codes.device)).bitwise_and(255).to(torch.uint8).flatten(-2)
     per_byte = 8 // bits
     parts = codes.unflatten(-1, (-1, per_byte))
     packed = parts[..., 0].clone()
@@ -42,5 +47,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`."""
+    if bits == 3:
+        three = packed.unflatten(-1, (-1, 3)).to(torch.int32) << torch.arange(0, 24, 8, device=packed.device)
+        word = three.sum(-1, dtype=torch.int32)[..., None]
+        return (word >> torch.arange(0, 24, 3, device=packed.device)).bitwise_and(7).to(torch.uint8).flatten(-2)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def whole_bytes(n: int, bits: int) -> bool:
+    """Whether n codes fill whole bytes (whole triples of bytes at 3 bits)."""
+    return n % (8 if bits == 3 else 8 // bits) == 0

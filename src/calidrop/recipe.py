@@ -22,7 +22,8 @@ from calidrop.store import Budget, Discard, Exact, Score, Split, Store
 
 @dataclass(frozen=True)
 class Layer:
-    """What a method may know about the layer it is built for. `index` counts the compressed layers only."""
+    """What a method may know about the layer it is built for. `index` counts the compressed layers only; heads are
+    those of all processes. head_dim is that of keys; value_dim is the same unless given."""
 
     index: int
     layers: int
@@ -31,6 +32,10 @@ class Layer:
     head_dim: int
     rope: Rope | None
     heads: HeadGroup
+    value_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,21 @@ class Storage(Part):
     recent: int
     every: int
     chose_recent: bool = False
+    observe: int = 1
 
     role = "how kept tokens are stored"
+
+
+@dataclass(frozen=True)
+class Shrink(Part):
+    """Which part of a kept token is stored; nests in front of a storage, which it builds for the narrower tokens."""
+
+    make: Callable[[Layer, Callable[[Layer], Store]], Store]
+    recent: int
+    every: int
+    observe: int = 1
+
+    role = "which channels of kept tokens stay"
 
 
 @dataclass(frozen=True)
@@ -133,13 +151,17 @@ class Recipe:
         return "+".join(p.text for p in self.parts)
 
     def plan(self, layer: Layer) -> Plan:
-        evict, storage, rest = self.part(Evictor), self.part(Storage), self.part(Rest)
-        kept = storage.make(layer) if storage else Exact()
+        evict, storage, rest, shrink = (self.part(kind) for kind in (Evictor, Storage, Rest, Shrink))
+        inner = storage.make if storage else lambda narrow: Exact()
+        kept = shrink.make(layer, inner) if shrink else inner(layer)
+        observe = max([1, *(p.observe for p in (evict, storage, rest, shrink) if p)])
+        lead = evict or storage or shrink  # says which tokens are compressed when
+        if lead is None:
+            return Plan(None, 0, None, 1)
         if evict is None:
-            return Plan(kept, storage.recent, storage.every, 1) if storage else Plan(None, 0, None, 1)
-        left = rest.make(layer) if rest else Discard()
-        store = Split(evict.score(layer), evict.keep(layer), kept, left)
-        return Plan(store, evict.recent, evict.every, max(evict.observe, rest.observe if rest else 1))
+            return Plan(kept, lead.recent, lead.every, observe)
+        store = Split(evict.score(layer), evict.keep(layer), kept, rest.make(layer) if rest else Discard())
+        return Plan(store, evict.recent, evict.every, observe)
 
 
 def method(paper: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Rope:
     """inv_freq: [rotated dims / 2]. Dims behind the rotated ones pass through (partial rotary)."""
 
-    inv_freq: Tensor
+    def __init__(self, inv_freq: Tensor):
+        self.inv_freq = inv_freq
 
     def __deepcopy__(self, memo: dict) -> Rope:
         return self  # a constant of the model

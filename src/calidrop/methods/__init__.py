@@ -2,16 +2,29 @@
 
 from calidrop.methods.adakv import adakv
 from calidrop.methods.calidrop import calidrop
+from calidrop.methods.decoquant import decoquant
 from calidrop.methods.expected_attention import expected_attention
+from calidrop.methods.fp8 import fp8
 from calidrop.methods.full import full
 from calidrop.methods.h2o import h2o
+from calidrop.methods.int4 import int4
+from calidrop.methods.int8 import int8
 from calidrop.methods.kivi import kivi
+from calidrop.methods.mikv import mikv
+from calidrop.methods.mixkvq import mixkvq
+from calidrop.methods.ott import ott
 from calidrop.methods.pyramidkv import pyramidkv
 from calidrop.methods.snapkv import snapkv
 from calidrop.methods.streaming_llm import streaming_llm
+from calidrop.methods.think import think
 from calidrop.methods.tova import tova
 
 METHODS = {
     build.__name__: build
-    for build in (full, streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv, calidrop, kivi)
+    for build in (
+        full,
+        *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
+        *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think),
+        *(calidrop, mikv),
+    )
 }

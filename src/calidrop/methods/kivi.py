@@ -1,33 +1,42 @@
 from torch import Tensor
 
 from calidrop.coded import Coded
-from calidrop.quant import BITS, dequantize, pack, quantize, unpack
+from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
 from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.store import Store
 
 
-class ChannelKeys(Coded):
-    """Keys quantized per channel over units of `group` tokens, values per token over groups of `group` channels.
+def encode(k: Tensor, v: Tensor, bits: int, channels: int) -> dict[str, Tensor]:
+    """k, v: [B,H,units,group,D]. Keys per channel over the unit, values per token over groups of `channels`.
 
-    Columns: k [B,H,n,D,group*bits/8], v [B,H,n,group,D*bits/8], and their scales and zeros.
-    """
+    -> k [B,H,units,D,group*bits/8], v [B,H,units,group,D*bits/8], and their scales and zeros."""
+    k_codes, k_scale, k_zero = quantize(k.transpose(-1, -2), bits)
+    v_codes, v_scale, v_zero = quantize(v.unflatten(-1, (-1, channels)), bits)
+    return {
+        "k": pack(k_codes, bits), "k_scale": k_scale, "k_zero": k_zero,
+        "v": pack(v_codes.flatten(-2), bits), "v_scale": v_scale, "v_zero": v_zero,
+    }  # fmt: skip
+
+
+def decode(data: dict[str, Tensor], bits: int, channels: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `encode`, fp32."""
+    k = dequantize(unpack(data["k"], bits), data["k_scale"], data["k_zero"]).transpose(-1, -2)
+    codes = unpack(data["v"], bits).unflatten(-1, (-1, channels))
+    return k, dequantize(codes, data["v_scale"], data["v_zero"]).flatten(-2)
+
+
+class ChannelKeys(Coded):
+    """Keys quantized per channel over units of `group` tokens, values per token over groups of `group` channels."""
 
     def __init__(self, bits: int, group: int):
         super().__init__(group)
         self.bits = bits
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        k_codes, k_scale, k_zero = quantize(k.transpose(-1, -2), self.bits)
-        v_codes, v_scale, v_zero = quantize(v.unflatten(-1, (-1, self.group)), self.bits)
-        return {
-            "k": pack(k_codes, self.bits), "k_scale": k_scale, "k_zero": k_zero,
-            "v": pack(v_codes.flatten(-2), self.bits), "v_scale": v_scale, "v_zero": v_zero,
-        }  # fmt: skip
+        return encode(k, v, self.bits, self.group)
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k = dequantize(unpack(data["k"], self.bits), data["k_scale"], data["k_zero"]).transpose(-1, -2)
-        codes = unpack(data["v"], self.bits).unflatten(-1, (-1, self.group))
-        return k, dequantize(codes, data["v_scale"], data["v_zero"]).flatten(-2)
+        return decode(data, self.bits, self.group)
 
     def format(self) -> str:
         return f"{self.bits}-bit keys per channel, values per token,"
@@ -46,16 +55,16 @@ def kivi(bits: int = 2, group: int = 32, residual: int | None = None) -> Storage
     have scale 1 (0/0 in the reference). After an evictor, a second prompt ranks the decoded tokens again and rounds
     what stays again.
     """
-    check_choice("kivi: bits", bits, BITS)
+    check_choice("kivi: bits", bits, (2, 4, 8))
     check_int("kivi: group", group, 8)
     if residual is not None:
         check_int("kivi: residual", residual, 1)
-    if group % (8 // bits):
+    if not whole_bytes(group, bits):
         raise ValueError(f"kivi: group must fill whole bytes at {bits} bits, got {group}")
 
     def make(layer: Layer) -> Store:
-        if layer.head_dim % group:
-            raise ValueError(f"kivi: group must divide head_dim, got group={group} and head_dim={layer.head_dim}")
+        if layer.value_dim % group:
+            raise ValueError(f"kivi: group must divide head_dim, got group={group} and head_dim={layer.value_dim}")
         return ChannelKeys(bits, group)
 
     return Storage(make, 128 if residual is None else residual, group, chose_recent=residual is not None)

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-loading = importlib.import_module("calidrop.load")  # calidrop.load, the attribute, may be the function
+loading = importlib.import_module("calidrop.models")
 load, ModelNotFound = loading.load, loading.ModelNotFound
 
 
@@ -238,7 +238,7 @@ def test_tokenizer_and_answer(smollm2):
 def test_two_processes_convert_at_once(smollm2, tmp_path):
     code = """if True:
         import json
-        from calidrop.load import load
+        from calidrop.models import load
         model, tokenizer = load(device="cpu")
         print(json.dumps([tokenizer("a 1").input_ids, model.lm_head.weight.double().sum().item()]))
     """

@@ -40,7 +40,11 @@ class ModelNotFound(OSError):
 
 
 def load(
-    name: str | None = None, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    name: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    distributed_config: Any = None,
 ) -> tuple[Any, Any]:
     """Return `(model, tokenizer)`, ready for `generate`: eval mode, left padding, a pad token, greedy unless asked.
 
@@ -48,22 +52,27 @@ def load(
         once (about 20 s, 0.5 GB of disk in the user's cache folder, or in $CALIDROP_CACHE). Else a hub id or a folder.
     device: default "cuda" where there is one, else "cpu".
     dtype: default float32 on the CPU, bfloat16 elsewhere.
+    distributed_config: transformers' DistributedConfig, in each process of a `torchrun` that shares one model; then the
+        device is not chosen here.
 
     Sampling defaults that a checkpoint brings along (temperature, top_p, ...) are cleared.
     Raises ModelNotFound, with one line saying what was asked, where it was looked for and what to do.
     """
+    if device is not None and distributed_config is not None:
+        raise ValueError(f"with distributed_config each process has its own device, got device={str(device)!r} too")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = {"distributed_config": distributed_config} if distributed_config else {"device_map": {"": device}}
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if name is None or name == "smollm2":
         with _no_progress_bars():
-            return _read(_embedded(), device, dtype)
+            return _read(_embedded(), dtype, where)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"no model in the folder {name!r}: it has no config.json; give a checkpoint's folder")
-        return _read(folder, device, dtype)
+        return _read(folder, dtype, where)
     try:
-        return _read(name, device, dtype)
+        return _read(name, dtype, where)
     except OSError as error:
         if reason := _why_absent(error):
             raise ModelNotFound(
@@ -73,9 +82,9 @@ def load(
         raise
 
 
-def _read(source: str | Path, device: torch.device, dtype: str | torch.dtype) -> tuple[Any, Any]:
+def _read(source: str | Path, dtype: str | torch.dtype, where: dict[str, Any]) -> tuple[Any, Any]:
     # The model comes first: its errors say what is missing, the tokenizer's guess.
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device}).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

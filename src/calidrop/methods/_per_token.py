@@ -1,0 +1,70 @@
+"""Formats that encode every token of a head by itself: they can be dropped, moved and rolled back one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calidrop.coded import Coded
+from calidrop.hadamard import hadamard
+from calidrop.quant import dequantize, pack, quantize, unpack
+
+
+class PerToken(Coded):
+    """Keys and values asymmetric round-to-nearest, one group per token and head.
+
+    Columns: k, v uint8 [B,H,n,1,D*bits/8]; scales and zeros fp16 [B,H,n,1]."""
+
+    def __init__(self, bits: int, rotate: bool):
+        super().__init__(1)
+        self.bits, self.rotate = bits, rotate
+
+    def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        data = {}
+        for name, x in (("k", k), ("v", v)):
+            x = hadamard(x.float()) if self.rotate else x
+            codes, data[f"{name}_scale"], data[f"{name}_zero"] = quantize(x, self.bits)
+            data[name] = pack(codes, self.bits)
+        return data
+
+    def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        k, v = (dequantize(unpack(data[n], self.bits), data[f"{n}_scale"], data[f"{n}_zero"]) for n in ("k", "v"))
+        return k, v
+
+    def turn(self, q: Tensor) -> Tensor:
+        return hadamard(q.float()) if self.rotate else q
+
+    def unturn(self, o: Tensor) -> Tensor:
+        return hadamard(o.float()) if self.rotate else o
+
+    def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (hadamard(k), hadamard(v)) if self.rotate else (k, v)
+
+    def format(self) -> str:
+        return f"{self.bits}-bit per token{', rotated' if self.rotate else ''},"
+
+
+class Float8(Coded):
+    """e4m3 with one fp16 scale per token and head for keys and one for values."""
+
+    LARGEST = 448.0  # of e4m3
+
+    def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        data = {}
+        for name, x in (("k", k), ("v", v)):
+            scale = (x.float().abs().amax(-1) / self.LARGEST).to(torch.float16).clamp(min=2.0**-24)
+            # the scale was rounded: without the clamp, the largest value may lie above the format's and become NaN
+            scaled = (x.float() / scale.float()[..., None]).clamp(-self.LARGEST, self.LARGEST)
+            data[f"{name}_scale"] = scale
+            data[name] = scaled.to(torch.float8_e4m3fn).view(torch.uint8)  # torch cannot index float8 everywhere
+        return data
+
+    def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        k, v = (
+            data[n].contiguous().view(torch.float8_e4m3fn).float() * data[f"{n}_scale"].float()[..., None]
+            for n in ("k", "v")
+        )
+        return k, v
+
+    def format(self) -> str:
+        return "e4m3 per token,"
