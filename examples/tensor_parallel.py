@@ -1,8 +1,8 @@
 """One model and its compressed cache in several processes: a share of the heads in each, or of the layers.
 
-torchrun --nproc-per-node 3 examples/tensor_parallel.py                              # the embedded default has 3 kv heads
+torchrun --nproc-per-node 3 examples/tensor_parallel.py                          # the embedded default has 3 kv heads
 torchrun --nproc-per-node 2 examples/tensor_parallel.py --model Qwen/Qwen3-8B
-torchrun --nproc-per-node 2 examples/tensor_parallel.py --pipeline                   # layers instead of heads
+torchrun --nproc-per-node 2 examples/tensor_parallel.py --pipeline               # layers instead of heads
 """
 
 import argparse

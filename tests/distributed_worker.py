@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "pyramidkv(budget=24, recent=8)",
         "kivi(bits=4, group=16, residual=16)",
         f"{ADA}+kivi(bits=4, group=16)",
+        f"{ADA}+decoquant",
         f"{SNAP}+calidrop(recompute=0.0, decide='head')",
         f"{SNAP}+calidrop(recompute=0.0, decide='layer')",
         # so few tokens are evicted that some process has none of them
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[str, dict]] = {
 CASES["a prompt in chunks"] = (ADA, {"eager": True, "prefill_chunk_size": 20})
 CASES["beam search"] = (SNAP, {"num_beams": 2})
 CASES["assisted"] = (SNAP, {"rows": 1, "prompt_lookup_num_tokens": 3})
+CASES["decoquant where a process keeps nothing"] = ("adakv(budget=9, recent=8)+decoquant", {"rows": 1})
 GATHERED = {recipe: (recipe, {}) for recipe in [ADA, f"{SNAP}+calidrop(recompute=0.0, decide='layer')"]}
 
 
@@ -74,7 +76,7 @@ def run(model: Any, recipe: str, eager: bool = False, rows: int = 2, **kwargs: A
 
 
 def kept(store: Store | None) -> torch.Tensor | None:
-    """How many tokens each head keeps, [B,H]; None without eviction, and for the layers of another process."""
+    """How many tokens each head keeps, [B,H]; None for none at all: no eviction, or a layer of another process."""
     held = store.kept.tokens() if isinstance(store, Split) else []
     return torch.stack([t.valid.sum(-1) for t in held]).sum(0) if held else None
 

@@ -54,7 +54,7 @@ def run(*args, code=0, columns=100):
 
 
 def test_help():
-    for command in ("demo", "generate", "compare", "methods"):
+    for command in ("demo", "generate", "compare", "plan", "methods"):
         assert command in run("--help").output
         assert "--help" in run(command, "--help").output
 

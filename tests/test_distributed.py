@@ -46,18 +46,18 @@ def check_answers(one: dict, ranks: list[dict], tolerance: float) -> None:
         assert 0 <= rank["rate"] <= 1
 
 
-def check_shares(one: dict, ranks: list[dict]) -> None:
+def check_shares(one: dict, ranks: list[dict], twice: float = 0.01) -> None:
     """Both processes together hold what one does, and did what it did."""
     nbytes, *others = zip(*(rank["bytes"] for rank in ranks), strict=True)
     assert [sum(n) for n in others] == list(one["bytes"][1:])
-    assert one["bytes"][0] <= sum(nbytes) <= 1.01 * one["bytes"][0]  # positions of queries and the like are in both
+    assert one["bytes"][0] <= sum(nbytes) <= (1 + twice) * one["bytes"][0]  # positions of queries and the like
     assert [sum(n) for n in zip(*(rank["recomputed"] for rank in ranks), strict=True)] == one["recomputed"]
 
 
 def tolerance(case: str) -> float:
     """Two processes add up hidden channels in another order. Where that moves a key or value across the middle between
     two codes of a quantizer, the difference is a step of it; about every other run has one."""
-    return 2e-2 if "kivi" in case else 2e-4
+    return 2e-2 if "kivi" in case or "decoquant" in case else 2e-4
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="its DistributedConfig is another one")
@@ -68,7 +68,8 @@ def test_two_processes_do_what_one_does(tmp_path):
         model.save_pretrained(tmp_path / name)
         alone[name] = runs(model, cases)
     torchrun(2, WORKER, str(tmp_path))
-    ranks, uneven = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], 0
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    uneven = nothing = 0
     for mode, name in ranks[0]:
         for case, one in alone[name].items():
             print(mode, name, case)  # shown with a failure
@@ -80,7 +81,7 @@ def test_two_processes_do_what_one_does(tmp_path):
                     assert all(torch.equal(a, b) for a, b in zip(rank["kept"], one["kept"], strict=True))
                 continue
             check_answers(one, both, tolerance(case))
-            check_shares(one, both)
+            check_shares(one, both, twice=0.2 if "decoquant" in case else 0.01)  # its small factors are in both
             for layer, whole in enumerate(one["kept"]):
                 here, there = (rank["kept"][layer] for rank in both)
                 if mode == "pipeline parallel":
@@ -88,10 +89,12 @@ def test_two_processes_do_what_one_does(tmp_path):
                     assert there is None
                     assert whole is None or torch.equal(here, whole)
                 elif whole is not None:  # every head keeps what it does in one process
-                    assert here.shape[1] == there.shape[1] == 2
+                    here, there = (torch.zeros_like(whole[:, :2]) if kept is None else kept for kept in (here, there))
                     assert torch.equal(torch.cat([here, there], 1), whole)
+                    nothing += not here.any() or not there.any()
                     uneven += case.startswith("adakv") and int((here.sum(1) != there.sum(1)).sum())
     assert uneven > 8, "adakv did not share its budget across processes"
+    assert nothing > 0, "no case where a process keeps nothing of a layer"
 
 
 def test_kv_heads_must_divide(monkeypatch):

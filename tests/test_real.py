@@ -60,21 +60,24 @@ def test_first_order_beats_the_constant_open_loop(smollm2, monkeypatch):
     n, steps, layers = 2048, 128, model.config.num_hidden_layers
     recorded = record(model, prompt(tokenizer, 60000, n + steps), monkeypatch)
     base = f"snapkv(budget={n // 20})"
-    error, rate = {}, {}
-    for name, recipe in {
+    recipes = {
         "evict": base,
         "published": f"{base}+calidrop(order=0, recompute=0.7, apply=0.85)",
         "order 0": f"{base}+calidrop(order=0, recompute=0.7)",
         "order 1": f"{base}+calidrop(order=1, recompute=0.7)",
-    }.items():
-        errors, asked = [], [0, 0]
-        for i, qkv in enumerate(recorded):
-            layer, full = built(recipe, qkv, i, layers), built("full", qkv, i, layers)
-            out, want = (feed(kv, qkv, [n] + [1] * steps)[:, :, n:] for kv in (layer, full))
-            errors.append(((out - want).norm(dim=-1) / want.norm(dim=-1)).mean())
-            more = layer.state.store.recomputed()
-            asked = [asked[0] + more[0], asked[1] + more[1]]
-        error[name], rate[name] = torch.stack(errors).mean().item(), asked[0] / max(1, asked[1])
+    }
+    errors: dict[str, list] = {name: [] for name in recipes}
+    counts = {name: [0, 0] for name in recipes}
+    for i, qkv in enumerate(recorded):
+        want = feed(built("full", qkv, i, layers), qkv, [n] + [1] * steps)[:, :, n:]
+        for name, recipe in recipes.items():
+            layer = built(recipe, qkv, i, layers)
+            out = feed(layer, qkv, [n] + [1] * steps)[:, :, n:]
+            errors[name].append(((out - want).norm(dim=-1) / want.norm(dim=-1)).mean())
+            asked, of = layer.state.store.recomputed()
+            counts[name] = [counts[name][0] + asked, counts[name][1] + of]
+    error = {name: torch.stack(e).mean().item() for name, e in errors.items()}
+    rate = {name: asked / max(1, of) for name, (asked, of) in counts.items()}
     print({k: f"{error[k]:.4f} ({rate[k]:.3f})" for k in error})
     assert rate["order 0"] == rate["order 1"] > 0.05
     assert error["order 1"] <= 0.6 * error["order 0"]
@@ -109,7 +112,7 @@ def test_the_bytes_are_really_free(smollm2):
         gc.collect()
         found = {}
         for item in gc.get_objects():
-            if isinstance(item, torch.Tensor):
+            if issubclass(type(item), torch.Tensor):  # isinstance asks every object, and some warn
                 found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         return found
 
@@ -147,3 +150,22 @@ def test_prefill_of_8k_peaks_under_two_and_a_half_gib():
     print(f"{n} tokens, peak {peak} GiB")
     assert int(n) == 8000
     assert float(peak) < 2.5
+
+
+def test_what_each_format_is_for(smollm2):
+    """KL to the full cache at measured bytes. ThinK is not here: its claim does not hold on this model (LOG.md)."""
+    model, tokenizer = smollm2
+    pairs = [  # (better, worse, whether the better one may hold no more bytes)
+        ("ott(block=64)", "kivi(bits=2, group=64, residual=64)", True),
+        ("mixkvq(residual=32)", "kivi(bits=2, residual=32)", False),
+        ("int4", "int4(rotate=False)", True),
+        ("h2o(budget=0.2)+mikv(bits=2)", "h2o(budget=0.29)", True),
+        ("snapkv(budget=412)+int4", "snapkv(budget=128)", True),
+    ]
+    recipes = [name for better, worse, _ in pairs for name in (better, worse)]
+    rows = {r.recipe: r for r in compare(model, tokenizer, BOOK.read_text()[20000:], recipes, 1200, 40)}
+    for better, worse, same_bytes in pairs:
+        a, b = rows[better], rows[worse]
+        print(f"{better} {a.kl:.4f} at {a.device_bytes:,} < {worse} {b.kl:.4f} at {b.device_bytes:,}")
+        assert a.kl < b.kl
+        assert a.device_bytes <= b.device_bytes * (1.0 if same_bytes else 1.1)

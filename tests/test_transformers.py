@@ -126,6 +126,20 @@ def test_speculative_decoding_is_plain_decoding(llama, recipe):
     assert torch.equal(plain, assisted)
 
 
+def test_plain_second_turn_after_speculative_decoding(llama):
+    recipe, ids = "snapkv(budget=24, recent=8)", batch(1, 61, (0,))["input_ids"]
+    more = batch(1, 50, (0,), seed=2)["input_ids"]
+    out = []
+    for kwargs in ({}, {"prompt_lookup_num_tokens": 4, "output_logits": False}):
+        cache = calidrop.KVCache(llama, recipe)
+        answer, _ = generate(llama, {"input_ids": ids}, cache, new=8, **kwargs)
+        tokens, logits = generate(llama, {"input_ids": torch.cat([ids, answer, more], 1)}, cache, new=8)
+        out.append((answer, tokens, logits, cache.nbytes))
+    assert torch.equal(out[0][0], out[1][0])
+    assert worst(out[0][2], out[1][2]) < 2e-4
+    assert out[0][3] == out[1][3]  # the second turn was compressed after either
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("chunk", [7, 20, 61])  # 61 = 3 * 20 + 1
 def test_chunked_prefill_is_plain_prefill(llama, recipe, chunk):

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calidrop.cache import KVCache as KVCache
     from calidrop.models import load as load
+    from calidrop.planning import plan as plan
     from calidrop.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
-__all__ = ["KVCache", "Recipe", "load"]
+__all__ = ["KVCache", "Recipe", "load", "plan"]
 
-_HOME = {"KVCache": "cache", "Recipe": "recipe", "load": "models"}
+_HOME = {"KVCache": "cache", "Recipe": "recipe", "load": "models", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
-from calidrop.plugin import ATTENTION, check_model, layer_kinds, rope_of
+from calidrop.plugin import ATTENTION, attention_modules, check_model, key_sample, layer_kinds, rope_of
 from calidrop.recipe import Layer, Part, Plan, Recipe, parse
 from calidrop.state import held_bytes
 
@@ -33,28 +33,16 @@ class KVCache(Cache):
 
     def __init__(self, model: nn.Module, recipe: str | Part | Recipe = "full", *, eager: bool = False):
         self.recipe = parse(recipe)
-        config = check_model(model)
-        kinds = layer_kinds(config)
-        whole = [i for i, reach in enumerate(kinds) if reach is None]
-        heads, rope = HeadGroup.of(model), rope_of(model)
-        q_heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-        kv_heads = kv_heads or q_heads
-        if kv_heads % heads.size:
-            raise ValueError(
-                f"{kv_heads} kv heads cannot be spread evenly over {heads.size} processes: "
-                "choose a tensor parallel size that divides them"
-            )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+        config, layers = check_model(model), layers_of(model)
 
-        def make(i: int) -> Callable[[], Plan]:
-            if kinds[i] is not None:
+        def make(layer: Layer, reach: int | None) -> Callable[[], Plan]:
+            if reach is not None:
                 return lambda: Plan(None, 0, None, 1)
-            layer = Layer(whole.index(i), len(whole), q_heads, kv_heads, head_dim, rope, heads)
             return lambda: self.recipe.plan(layer)
 
-        super().__init__(layers=[LayerKV(make(i), kinds[i], eager) for i in range(len(kinds))])
+        super().__init__(layers=[LayerKV(make(layer, reach), reach, eager) for layer, reach in layers])
         self.config = weakref.ref(config)
-        self.shape = (kv_heads // heads.size, head_dim)
+        self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
         for layer in self._mine:
             layer.config = self.config
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
@@ -135,6 +123,26 @@ class KVCache(Cache):
             what = "in another process" if elsewhere else layer.describe()
             lines.append(f"  layer {i}: {what}; {held_bytes(layer.state):,} bytes")
         return "\n".join(lines)
+
+
+def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
+    """Per layer of the model: what a method is told about it, and how far back it sees where that is bounded. Bounded
+    layers are not compressed; their index is -1. Raises ValueError for a model that cannot work."""
+    config = check_model(model)
+    kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
+    whole = [i for i, reach in enumerate(kinds) if reach is None]
+    q_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    if kv_heads % heads.size:
+        raise ValueError(
+            f"{kv_heads} kv heads cannot be spread evenly over {heads.size} processes: "
+            "choose a tensor parallel size that divides them"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    index = {i: at for at, i in enumerate(whole)}
+    modules = attention_modules(model) if heads.size == 1 else {}
+    same = len(whole), q_heads, kv_heads, head_dim, rope, heads, 0, config.model_type
+    return [(Layer(index.get(i, -1), *same, sample=key_sample(modules.get(i))), reach) for i, reach in enumerate(kinds)]
 
 
 def _prompt_end(frame: FrameType | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -65,6 +66,8 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False)
+trainings = typer.Typer(no_args_is_help=True)
+app.add_typer(trainings, name="train", help="Learn once what some methods need, and write it to a file.")
 
 
 def _version(asked: bool) -> None:
@@ -165,8 +168,7 @@ def compare(
 ) -> None:
     """Measure recipes against the uncompressed cache: sizes, speeds and predictions."""
     recipes, words = _parse(recipe), _text(text)
-    if json_out is not None and (json_out.is_dir() or not json_out.absolute().parent.is_dir()):
-        raise ValueError(f"cannot write {json_out}: a folder, or in a folder that does not exist")
+    _check_writable(json_out)
     lm, tokenizer = _load(model, threads)
     from calidrop.compare import compare as run
 
@@ -175,6 +177,87 @@ def compare(
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     _print_rows(_console(), rows)
+
+
+@trainings.command()
+def recalkv(
+    model: Model = None,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="The fraction of all key and value dims.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="Default: recalkv-MODEL-KEEP.safetensors here.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibration text; default: The Time Machine.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 1024,
+    gradients: Annotated[int, typer.Option(min=1, help="How many of them give gradients, which set the ranks.")] = 8,
+    multiple: Annotated[int | None, typer.Option(min=1, help="Of what ranks are multiples; default: 8 or 32.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Low-rank bases of keys and values for recalkv(file='...'). A run that was stopped continues where it was."""
+    name = model or "smollm2"
+    out = out or Path(f"recalkv-{Path(name).name}-{keep:g}.safetensors")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}: a folder, or in a folder that does not exist")
+    words = _text(text)
+    lm, tokenizer = _load(model, threads)
+    from calidrop.train.recalkv import train
+    from calidrop.train.recalkv import windows as cut
+
+    said = ["calidrop", "train", "recalkv", "--model", name, "--keep", str(keep), "--out", str(out)]
+    said += [] if text is None else ["--text", str(text)]
+    said += ["--windows", str(windows), "--length", str(length), "--gradients", str(gradients)]
+    said += [] if multiple is None else ["--multiple", str(multiple)]
+    options = {"keep": keep, "fisher": gradients, "multiple": multiple, "name": name, "command": shlex.join(said)}
+    with _progress("training", remaining=True) as tick:
+        made = train(lm, cut(tokenizer, words, windows, length), out, progress=tick, **options)
+    keys, values = (sum(pair[i] for pair in made.meta["ranks"]) for i in (0, 1))
+    whole = made.meta["layers"] * made.meta["kv_heads"] * made.meta["head_dim"]
+    _console().print(f"{out}: {keys} of {whole} key dims, {values} of {whole} value dims", highlight=False)
+
+
+@app.command()
+def plan(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")],
+    model: Model = None,
+    config: Annotated[Path | None, typer.Option(help="Instead of a model: its config.json, or the folder.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    memory: Annotated[str | None, typer.Option(help="Like 2GiB or 512MB; default: what the device has free.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="The same for the host; 0 leaves calidrop out.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Try these only; give it several times.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run what fits on --text and go by the KL.")] = False,
+    text: Annotated[Path | None, typer.Option(help="A text file; default: The Time Machine.")] = None,
+    continuation: Continuation = 64,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL against bytes to this PNG.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Which recipes fit into a memory, and which of them to take."""
+    if model is not None and config is not None:
+        raise ValueError("give either --model or --config")
+    if config is not None and measure:
+        raise ValueError("--measure needs a model with weights: give --model instead of --config")
+    if not measure and (plot is not None or text is not None):
+        raise ValueError("--plot and --text need --measure")
+    recipes, words = _parse(recipe) if recipe else None, _text(text) if measure else ""
+    _check_writable(json_out)
+    _check_writable(plot)
+    lm, tokenizer = _load(model, threads) if config is None else (None, None)
+    from calidrop import pareto
+    from calidrop.plan_cli import overall, print_advice
+    from calidrop.planning import plan as run
+    from calidrop.skeleton import read_config
+
+    with overall("running one head") as tick:
+        advice = run(lm if config is None else read_config(config), context=context, batch=batch, memory=memory,
+                     host_memory=host_memory, recipes=recipes, progress=tick)  # fmt: skip
+    if measure and lm is not None:
+        runs = len({"full", *(o.recipe for o in advice.options)})
+        with overall("measuring", runs) as tick:
+            advice = advice.measure(lm, tokenizer, words, continuation, tick)
+    if json_out is not None:
+        told = {"recommended": advice.recommended.recipe} | asdict(advice)
+        json_out.write_text(json.dumps(told, indent=1) + "\n")
+    if plot is not None:
+        pareto.draw(advice, plot)
+    print_advice(_console(), advice)
 
 
 @app.command()
@@ -211,6 +294,11 @@ def _text(path: Path | None) -> str:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"cannot write {path}: a folder, or in a folder that does not exist")
 
 
 def _one_line(text: str) -> Text:
@@ -250,8 +338,9 @@ class _Bars:
 
 
 @contextlib.contextmanager
-def _progress(doing: str) -> Iterator[_Bars]:
-    columns = TextColumn(doing), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+def _progress(doing: str, remaining: bool = False) -> Iterator[_Bars]:
+    clock = TimeRemainingColumn(elapsed_when_finished=True) if remaining else TimeElapsedColumn()
+    columns = TextColumn(doing), BarColumn(), clock, TextColumn("{task.description}")
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield _Bars(progress)

@@ -46,6 +46,9 @@ class Coded(Store):
     def format(self) -> str:
         """A few words for `describe`."""
 
+    def arrive(self, t: Tokens) -> None:
+        """Called with whatever is added, none at all included, in every process that shares the layer's heads."""
+
     def prepare(self, t: Tokens, obs: Observation) -> Tokens:
         """Called with the tokens of full units before they are encoded; may take some out by emptying their slots."""
         return t
@@ -64,6 +67,7 @@ class Coded(Store):
 
     def add(self, t: Tokens, obs: Observation) -> None:
         self.dtype = t.k.dtype
+        self.arrive(t)
         t = Tokens.cat([*self.waiting.open(), t])
         t = t.select(t.valid)
         whole = t.valid.sum(-1) // self.group  # [B,H] full units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from calidrop.cache import KVCache
+from calidrop.plugin import ATTENTION
 from calidrop.recipe import Part, Recipe, check_int, parse
+from calidrop.state import held_bytes
 
 Progress = Callable[[str, int, int], None]
 """(recipe, done, total): layers of the prefill plus decoded tokens."""
@@ -62,8 +65,12 @@ def compare(
     context: int = 2048,
     continuation: int = 64,
     progress: Progress | None = None,
+    peers: Mapping[str, Callable[[], Cache]] | None = None,
 ) -> list[Row]:
     """One row per recipe, in the order given. Sets the model's attention implementation to "calidrop".
+
+    peers: other transformers caches to measure in the same way, by name; each is made anew and run under sdpa, and gets
+    a row after those of the recipes.
 
     The first `context` tokens of `text` are the prompt; each layer is compressed right after it attended them. The
     next `continuation` tokens are fed one per forward pass, so that whatever a recipe does while decoding really
@@ -85,12 +92,27 @@ def compare(
     warm = min(WARM_UP, context)
     _run(model, KVCache(model), ids[:, : warm + 2], warm, None)
     full = _run(model, KVCache(model, eager=True), ids, context, progress)
-    rows = []
+    rows, targets = [], ids[0, context + 1 :].tolist()
     while caches:
         cache = caches.pop(0)  # so that its memory is free before the next one fills
         run = full if str(cache.recipe) == "full" else _run(model, cache, ids, context, progress)
-        rows.append(_row(run, full, ids[0, context + 1 :].tolist()))
+        rows.append(_row(run, full, targets))
+    for name, make in (peers or {}).items():
+        run = _run_peer(model, make(), ids, context, name, full.measured["full_bytes"])
+        rows.append(_row(run, full, targets))
     return rows
+
+
+def _run_peer(model: Any, cache: Cache, ids: Tensor, context: int, name: str, full_bytes: int) -> _Run:
+    model.set_attn_implementation("sdpa")
+    try:
+        run = _run(model, cache, ids, context, None)
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    device_bytes = held_bytes([vars(layer) for layer in cache.layers])
+    bytes_ = {"device_bytes": device_bytes, "host_bytes": 0, "full_bytes": full_bytes}
+    run.measured.update(bytes_, recipe=name, ratio=full_bytes / device_bytes, recompute_rate=0.0)
+    return run
 
 
 def _ids(tokenizer: Any, text: str, need: int) -> Tensor:
@@ -102,7 +124,7 @@ def _ids(tokenizer: Any, text: str, need: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _run(model: nn.Module, cache: KVCache, ids: Tensor, context: int, progress: Progress | None) -> _Run:
+def _run(model: nn.Module, cache: Cache, ids: Tensor, context: int, progress: Progress | None) -> _Run:
     """ids: [1, context + n + 1]; the last one is only predicted."""
     n = ids.shape[1] - context - 1
     with prefill_progress(model, cache, n, progress):
@@ -116,14 +138,20 @@ def _run(model: nn.Module, cache: KVCache, ids: Tensor, context: int, progress: 
         seconds.append(_now(ids) - start)
         logits.append(out.logits[0, -1].float().cpu())
         if progress:
-            progress(str(cache.recipe), len(cache.layers) + i + 1, len(cache.layers) + n)
+            progress(_name(cache), len(cache.layers) + i + 1, len(cache.layers) + n)
     return _Run(logits, _measured(cache) | {
         "prefill_s": prefill_s, "decode_ms_per_token": 1000 * median(seconds[1:] or seconds),
     })  # fmt: skip
 
 
-def _measured(cache: KVCache) -> dict[str, Any]:
+def _name(cache: Cache) -> str:
+    return str(cache.recipe) if isinstance(cache, KVCache) else type(cache).__name__
+
+
+def _measured(cache: Cache) -> dict[str, Any]:
     """What a filled cache tells, so that it need not be kept."""
+    if not isinstance(cache, KVCache):
+        return {}
     device_bytes, full_bytes = cache.nbytes, cache.full_nbytes
     return {
         "recipe": str(cache.recipe),
@@ -142,7 +170,7 @@ def _now(like: Tensor) -> float:
 
 
 @contextmanager
-def prefill_progress(model: nn.Module, cache: KVCache, steps: int, progress: Progress | None) -> Iterator[None]:
+def prefill_progress(model: nn.Module, cache: Cache, steps: int, progress: Progress | None) -> Iterator[None]:
     """Report each layer of a forward pass as done, out of the layers and `steps` more. Silent where the model keeps its
     layers in no list."""
     n = len(cache.layers)
@@ -152,7 +180,7 @@ def prefill_progress(model: nn.Module, cache: KVCache, steps: int, progress: Pro
     def hook(done: int) -> Callable[..., None]:
         def report(*_: Any) -> None:
             if progress:
-                progress(str(cache.recipe), done, n + steps)
+                progress(_name(cache), done, n + steps)
 
         return report
 

@@ -141,6 +141,7 @@ class LayerKV(CacheLayerMixin):
         pos = mask.positions(B, self.state.seen, T, k.device)
         new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
         qs = Queries(q, pos, scale, softcap, mask.visible)
+        self.record_past = self.record_past and not mask.prompt  # plain decoding goes on with the cache
         if self.record_past:
             return self._recorded(qs, new, sink)
         if T == 1 and self.state.seen and not mask.prompt:

@@ -273,5 +273,23 @@ def rope_of(model: Any) -> Rope | None:
     return None
 
 
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention of each layer that has a key projection to itself."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and isinstance(getattr(module, "k_proj", None), nn.Module):
+            found.setdefault(index, module)
+    return found
+
+
+def key_sample(attention: nn.Module | None) -> Tensor | None:
+    """Some of its key weights, fp32 [64]; None where they are quantized or not in memory."""
+    weight: Any = getattr(getattr(attention, "k_proj", None), "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return None
+    return weight.detach()[0, :64].float().clone()
+
+
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, mask)  # type: ignore[arg-type]

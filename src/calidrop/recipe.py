@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from calidrop.parallel import HeadGroup
 from calidrop.rope import Rope
 from calidrop.store import Budget, Discard, Exact, Score, Split, Store
@@ -23,7 +25,8 @@ from calidrop.store import Budget, Discard, Exact, Score, Split, Store
 @dataclass(frozen=True)
 class Layer:
     """What a method may know about the layer it is built for. `index` counts the compressed layers only; heads are
-    those of all processes. head_dim is that of keys; value_dim is the same unless given."""
+    those of all processes. head_dim is that of keys; value_dim is the same unless given. model_type and sample, a few
+    of the layer's key weights if it has any to itself, tell models apart: what was trained on one fits no other."""
 
     index: int
     layers: int
@@ -33,6 +36,8 @@ class Layer:
     rope: Rope | None
     heads: HeadGroup
     value_dim: int = 0
+    model_type: str = ""
+    sample: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
@@ -65,13 +70,14 @@ class Full(Part):
 class Evictor(Part):
     """Which tokens stay. recent: the last tokens, always kept exact in the window and counted in the budget.
     every: compress again each so many generated tokens (None: only prompts are compressed). observe: the number of
-    last queries the score looks at."""
+    last queries the score looks at. per_head: whether heads may keep different tokens."""
 
     score: Callable[[Layer], Score]
     keep: Callable[[Layer], Budget]
     recent: int
     every: int | None
     observe: int = 1
+    per_head: bool = True
 
     role = "which tokens stay"
 
@@ -92,12 +98,15 @@ class Storage(Part):
 
 @dataclass(frozen=True)
 class Shrink(Part):
-    """Which part of a kept token is stored; nests in front of a storage, which it builds for the narrower tokens."""
+    """Which part of a kept token is stored; nests in front of a storage, which it builds for the narrower tokens.
+    joint: it stores all kv heads of a token as one, so none can be missing in some heads, and what it hands on has no
+    products with queries."""
 
     make: Callable[[Layer, Callable[[Layer], Store]], Store]
     recent: int
     every: int
     observe: int = 1
+    joint: bool = False
 
     role = "which channels of kept tokens stay"
 
@@ -139,6 +148,21 @@ class Recipe:
         if storage and storage.chose_recent and self.part(Evictor):
             raise ValueError(
                 f"{self.part(Evictor)} and {storage} both say how many recent tokens stay exact: drop the latter's"
+            )
+        self._check_joint(self.part(Shrink), self.part(Evictor), storage)
+
+    def _check_joint(self, shrink: Shrink | None, evict: Evictor | None, storage: Storage | None) -> None:
+        if shrink is None or not shrink.joint:
+            return
+        if evict and evict.per_head:
+            raise ValueError(
+                f"{evict} and {shrink} cannot be joined: {shrink.name} stores all heads of a token as one, but "
+                f"{evict.name} keeps other tokens in each head (streaming_llm and tova keep the same in all)"
+            )
+        if storage and storage.observe > 1:
+            raise ValueError(
+                f"{shrink} and {storage} cannot be joined: {storage.name} compares queries with what it stores, but "
+                f"{shrink.name} hands it latents, which have no products with them"
             )
 
     def part(self, kind: type) -> Any:

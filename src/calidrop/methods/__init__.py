@@ -14,6 +14,7 @@ from calidrop.methods.mikv import mikv
 from calidrop.methods.mixkvq import mixkvq
 from calidrop.methods.ott import ott
 from calidrop.methods.pyramidkv import pyramidkv
+from calidrop.methods.recalkv import recalkv
 from calidrop.methods.snapkv import snapkv
 from calidrop.methods.streaming_llm import streaming_llm
 from calidrop.methods.think import think
@@ -24,7 +25,7 @@ METHODS = {
     for build in (
         full,
         *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
-        *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think),
+        *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
         *(calidrop, mikv),
     )
 }

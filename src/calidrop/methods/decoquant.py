@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from calidrop.coded import Coded
-from calidrop.observe import Observation
 from calidrop.parallel import HeadGroup
 from calidrop.quant import pack, unpack
 from calidrop.recipe import Layer, Storage, check_choice, check_int, method
@@ -48,10 +47,11 @@ class Decomposed(Coded):
         self.of_keys: Split16 | None = None
         self.of_values: Split16 | None = None
 
-    def prepare(self, t: Tokens, obs: Observation) -> Tokens:
+    def arrive(self, t: Tokens) -> None:
         if self.of_keys is None:
-            self.of_keys, self.of_values = (Split16(self._gram(x, t.valid)) for x in (t.k, t.v))
-        return t
+            keys, values = (self._gram(x, t.valid) for x in (t.k, t.v))
+            if bool(keys.any()):
+                self.of_keys, self.of_values = Split16(keys), Split16(values)
 
     def _gram(self, x: Tensor, valid: Tensor) -> Tensor:
         rows = (x.float() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]

@@ -19,6 +19,6 @@ def pyramidkv(
     mean = budgets.amount(budget, recent)
 
     def keep(layer: Layer) -> Budget:
-        return budgets.top_k(budgets.pyramid(mean, layer.index, layer.layers, beta, recent))
+        return budgets.top_k(budgets.pyramid(mean, layer.index, layer.layers, float(beta), recent))
 
     return Evictor(lambda layer: WindowAttention(kernel), keep, recent, every, observe=recent)

@@ -32,4 +32,4 @@ def streaming_llm(budget: int | float, sinks: int = 4, recent: int = 1, every: i
     if isinstance(budget, int) and sinks + recent > budget:
         raise ValueError(f"streaming_llm: sinks + recent must fit in budget, got {sinks} + {recent} > {budget}")
     keep = budgets.top_k(budgets.amount(budget, recent))
-    return Evictor(lambda layer: FirstAndLast(sinks), lambda layer: keep, recent, every)
+    return Evictor(lambda layer: FirstAndLast(sinks), lambda layer: keep, recent, every, per_head=False)

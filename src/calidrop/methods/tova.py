@@ -27,4 +27,4 @@ def tova(budget: int | float, recent: int = 1, every: int | None = 16) -> Evicto
     check_budget("tova", budget, recent)
     check_every("tova", every)
     keep = budgets.top_k(budgets.amount(budget, recent))
-    return Evictor(lambda layer: LastQuery(layer.heads), lambda layer: keep, recent, every)
+    return Evictor(lambda layer: LastQuery(layer.heads), lambda layer: keep, recent, every, per_head=False)

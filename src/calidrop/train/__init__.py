@@ -1,0 +1,1 @@
+"""Offline procedures: what some methods learn from a model once, kept in a file."""
