@@ -296,6 +296,7 @@ class TestDecoQuant:
         ("decoquant(bits=3)", "bits must be one of"),
         ("snapkv(budget=64)+int8(residual=3)", "both say how many recent tokens stay exact"),
         ("think(keep=0.5)+kivi(bits=2, group=32)", "group must divide head_dim"),
+        ("think(keep=0.5)+mixkvq", "compares queries with the keys it stores"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(recipe, message):

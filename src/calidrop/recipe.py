@@ -85,13 +85,13 @@ class Evictor(Part):
 @dataclass(frozen=True)
 class Storage(Part):
     """How kept tokens are stored. recent: the last tokens that stay exact when no evictor says so; `chose_recent`
-    tells whether the user asked for that number."""
+    tells whether the user asked for that number. weighs: whether it compares queries with the keys it is given."""
 
     make: Callable[[Layer], Store]
     recent: int
     every: int
     chose_recent: bool = False
-    observe: int = 1
+    weighs: bool = False
 
     role = "how kept tokens are stored"
 
@@ -149,20 +149,20 @@ class Recipe:
             raise ValueError(
                 f"{self.part(Evictor)} and {storage} both say how many recent tokens stay exact: drop the latter's"
             )
-        self._check_joint(self.part(Shrink), self.part(Evictor), storage)
+        self._check_shrink(self.part(Shrink), self.part(Evictor), storage)
 
-    def _check_joint(self, shrink: Shrink | None, evict: Evictor | None, storage: Storage | None) -> None:
-        if shrink is None or not shrink.joint:
+    def _check_shrink(self, shrink: Shrink | None, evict: Evictor | None, storage: Storage | None) -> None:
+        if shrink is None:
             return
-        if evict and evict.per_head:
+        if shrink.joint and evict and evict.per_head:
             raise ValueError(
                 f"{evict} and {shrink} cannot be joined: {shrink.name} stores all heads of a token as one, but "
                 f"{evict.name} keeps other tokens in each head (streaming_llm and tova keep the same in all)"
             )
-        if storage and storage.observe > 1:
+        if storage and storage.weighs:
             raise ValueError(
-                f"{shrink} and {storage} cannot be joined: {storage.name} compares queries with what it stores, but "
-                f"{shrink.name} hands it latents, which have no products with them"
+                f"{shrink} and {storage} cannot be joined: {storage.name} compares queries with the keys it stores, "
+                f"but {shrink.name} hands it something else"
             )
 
     def part(self, kind: type) -> Any:
@@ -178,7 +178,7 @@ class Recipe:
         evict, storage, rest, shrink = (self.part(kind) for kind in (Evictor, Storage, Rest, Shrink))
         inner = storage.make if storage else lambda narrow: Exact()
         kept = shrink.make(layer, inner) if shrink else inner(layer)
-        observe = max([1, *(p.observe for p in (evict, storage, rest, shrink) if p)])
+        observe = max([1, *(p.observe for p in (evict, rest, shrink) if p)])
         lead = evict or storage or shrink  # says which tokens are compressed when
         if lead is None:
             return Plan(None, 0, None, 1)

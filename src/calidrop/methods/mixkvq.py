@@ -8,7 +8,6 @@ from calidrop.observe import Observation
 from calidrop.quant import dequantize, pack, quantize, unpack
 from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.store import Store
-from calidrop.tokens import Tokens
 
 
 class Tiers(Coded):
@@ -21,22 +20,20 @@ class Tiers(Coded):
     def __init__(self, block: int, group: int, quota: tuple[int, int, int], values: int):
         super().__init__(block)
         self.per, self.quota, self.values = group, quota, values
-        self.importance: Tensor | None = None  # [B,H,D], only while a flush runs
+        self.sum: Tensor | None = None  # [B,Hq,D]: |q| over the queries since the last flush
 
-    def prepare(self, t: Tokens, obs: Observation) -> Tokens:
-        B, H, _, D = t.k.shape
-        qs = obs.queries.last(self.group)
-        real = (qs.pos >= 0).float()
-        total = (qs.q.float().abs() * real[:, None, :, None]).sum(2).view(B, H, -1, D).mean(2)
-        self.importance = total / real.sum(1).clamp(min=1)[:, None, None]
-        return t
+    def observe(self, step: Observation) -> None:
+        qs = step.queries
+        total = (qs.q.float().abs() * (qs.pos >= 0)[:, None, :, None]).sum(2)
+        self.sum = total if self.sum is None else self.sum + total
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        assert self.importance is not None
-        D = k.shape[-1]
+        assert self.sum is not None
+        B, H, _, _, D = k.shape
+        importance = self.sum.view(B, H, 1, -1, D).sum(3)  # the mean up to a constant
+        self.sum = None
         span = k.float().amax(3) - k.float().amin(3)  # [B,H,n,D], the rounding step up to a constant
-        order = (self.importance[:, :, None] * span).sort(dim=-1, descending=True, stable=True).indices
-        self.importance = None
+        order = (importance * span).sort(dim=-1, descending=True, stable=True).indices
         sorted_k = k.gather(4, order[:, :, :, None].expand(k.shape))
         n16, n4, _ = self.quota
         data = {"order": order.to(torch.uint8 if D <= 256 else torch.int16), "k16": sorted_k[..., :n16].contiguous()}
@@ -89,7 +86,7 @@ def mixkvq(
     elements of e bytes: a e + b / 2 + c / 4 + 4 (b + c) / group + D / 4 + 4 D / group + D / block.
 
     Deviations: a fixed quota per kv head instead of thresholds (whose values are not published), which keeps tiers
-    rectangular; mean |q_d| is over the last `block` queries before the flush, for every block of a prompt alike.
+    rectangular; mean |q_d| is over the queries since the last flush (for a prompt, all of its queries).
     """
     check_choice("mixkvq: values", values, (2, 4, 8, 16))
     check_int("mixkvq: group", group, 8)
@@ -114,4 +111,4 @@ def mixkvq(
             raise ValueError(f"mixkvq: group must divide head_dim, got group={group} and head_dim={layer.value_dim}")
         return Tiers(block, group, (n[0], n[1], n[2]), values)
 
-    return Storage(make, block if residual is None else residual, block, residual is not None, observe=block)
+    return Storage(make, block if residual is None else residual, block, residual is not None, weighs=True)
