@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -165,9 +166,12 @@ def test_demo_on_the_real_model():
     """As a user runs it, only shorter. The recipes differ as they should: 4 bits hurt least, asking back helps."""
     args = "--context", "512", "--continuation", "16", "--tokens", "8"
     code = "from calidrop.cli import app; app()"
-    done = subprocess.run([sys.executable, "-c", code, "demo", *args], capture_output=True, text=True, check=True)
+    wide = {**os.environ, "COLUMNS": "110"}  # a narrow terminal folds long recipes
+    command = [sys.executable, "-c", code, "demo", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=wide)
     lines = [line.split() for line in done.stdout.splitlines()]
     numbers = [line for line in lines if len(line) == len(COLUMNS) and re.fullmatch(r"[\d.]+", line[1])]
     kl = {line[0]: float(line[1]) for line in numbers}
+    assert len(kl) == 5, done.stdout
     assert kl["full"] == 0
     assert kl["kivi(bits=4)"] < kl["snapkv(budget=64)+calidrop"] < kl["snapkv(budget=64)"]
