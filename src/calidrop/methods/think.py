@@ -99,8 +99,8 @@ def think(keep: float = 0.6, values: float = 1.0, recent: int = 32) -> Shrink:
     keep: the fraction of key channels that stay, per kv head by |q_d| |k_d| summed over its query group; rounded up to
     an even number and to a 16th of the head. values: the same for value channels, by their part in the observed answers
     (the paper's appendix; 1.0 keeps all). recent: the last tokens that keep every channel, if no evictor decides that.
-    On SmolLM2 (64 channels a head) it costs more than dropping tokens worth the same bytes (LOG.md). Channels are chosen
-    at the first compression. Bytes per token and head, D channels: D (keep + values) elements.
+    Channels are chosen at the first compression. Bytes per token and head, D channels: D (keep + values) elements.
+    On SmolLM2 (64 channels a head) it costs more than dropping tokens worth the same bytes (LOG.md).
     """
     check_number("think: keep", keep, 0.0, 1.0)
     check_number("think: values", values, 0.0, 1.0)
