@@ -7,8 +7,9 @@ from torch import Tensor
 
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
+from calidrop.parts import Layer
 from calidrop.plugin import PositionMask
-from calidrop.recipe import Layer, parse
+from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.tokens import Tokens
 

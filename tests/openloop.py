@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from calidrop import KVCache
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
-from calidrop.recipe import Layer, parse
+from calidrop.parts import Layer
+from calidrop.recipe import parse
 from helpers import QKV
 
 

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from calidrop import __version__
-from calidrop.cli import COLUMNS, _print_rows, app
+from calidrop.cli import app
 from calidrop.compare import Row
 from calidrop.methods import METHODS
+from calidrop.terminal import COLUMNS, print_rows
 
 FIELDS = [
     *("recipe", "kl", "kl_p95", "agreement", "nll", "nll_full", "device_bytes", "host_bytes", "full_bytes", "ratio"),
@@ -152,7 +153,7 @@ def test_demo(tiny):
 def test_table_fits_100_columns(capsys):
     """The largest plausible numbers, on one line each."""
     row = Row("snapkv(budget=256)+calidrop", 9.9999, 12.3456, 1, 12.345, 3, 10**10, 10**11, 10**11, 99.9, 999, 9999, 1)
-    _print_rows(Console(width=100), [row])
+    print_rows(Console(width=100), [row])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     head = next(i for i, line in enumerate(lines) if line.startswith("recipe"))

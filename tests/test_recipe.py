@@ -8,7 +8,8 @@ import pytest
 import calidrop
 from calidrop import methods
 from calidrop.methods import METHODS, adakv, expected_attention, full, h2o, kivi, pyramidkv, snapkv, streaming_llm, tova
-from calidrop.recipe import Evictor, Recipe, Rest, Storage, parse
+from calidrop.parts import Evictor, Rest, Storage
+from calidrop.recipe import Recipe, parse
 from tiny import tiny
 
 SAME = {

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
+from calidrop.parts import Layer, Part, Plan
 from calidrop.plugin import ATTENTION, attention_modules, check_model, key_sample, layer_kinds, rope_of
-from calidrop.recipe import Layer, Part, Plan, Recipe, parse
+from calidrop.recipe import Recipe, parse
 from calidrop.state import held_bytes
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calidrop.cache import KVCache
+from calidrop.parts import Part, check_int
 from calidrop.plugin import ATTENTION
-from calidrop.recipe import Part, Recipe, check_int, parse
+from calidrop.recipe import Recipe, parse
 from calidrop.state import held_bytes
 
 Progress = Callable[[str, int, int], None]

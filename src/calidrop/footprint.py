@@ -19,7 +19,8 @@ from calidrop.attention import Queries
 from calidrop.layer import LayerKV, LayerState
 from calidrop.observe import Observation
 from calidrop.parallel import HeadGroup
-from calidrop.recipe import Layer, Plan, Recipe, Shrink
+from calidrop.parts import Layer, Plan, Shrink
+from calidrop.recipe import Recipe
 from calidrop.rope import Rope
 from calidrop.state import Host, Ragged, State, held_bytes
 from calidrop.tokens import Tokens

@@ -13,7 +13,8 @@ from transformers import TextStreamer
 
 from calidrop.cache import KVCache
 from calidrop.compare import Progress, prefill_progress
-from calidrop.recipe import Part, Recipe, check_int
+from calidrop.parts import Part, check_int
+from calidrop.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 from calidrop import ops
 from calidrop.attention import Partial, Queries, merge
 from calidrop.observe import Observation
+from calidrop.parts import Plan
 from calidrop.plugin import Handle, PositionMask
-from calidrop.recipe import Plan
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
@@ -193,7 +193,7 @@ class LayerKV(CacheLayerMixin):
         first = torch.where(real.any(1), real.int().argmax(1), len(qs))
         s.start = torch.where(s.context == 0, s.seen + first, s.start if s.start is not None else 0)
         s.context = s.context + s.steps + real.sum(1)
-        s.steps, s.due = 0, s.store is not None
+        s.steps, s.due = 0, s.store is not None and self.plan.prompts
         o = self._finish(qs, parts, sink)
         self._trim(slack=0)
         return o

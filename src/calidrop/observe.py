@@ -30,10 +30,12 @@ class Observation(State):
         """Where each token is in its own sequence, counted without pads."""
         return t.pos - self.start[:, None, None]
 
-    def weights(self, t: Tokens) -> Float[Tensor, "B H W N"]:
-        """True softmax weights on the tokens, averaged over each kv head's query group. Pads weigh 0."""
+    def weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H W N"]:
+        """True softmax weights on the tokens; `group` says what is taken of those of a kv head's query heads, their
+        "mean" or "max". Pads weigh 0."""
         s = logits(self.queries, t.k, t.pos)  # [B,H,G,W,N]
-        return torch.exp(s - finite(self.lse).view(*s.shape[:4], 1)).mean(2)
+        p = torch.exp(s - finite(self.lse).view(*s.shape[:4], 1))
+        return p.mean(2) if group == "mean" else p.amax(2)
 
     def mean_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
         """`weights` averaged over the observed queries that are not pads."""

@@ -10,15 +10,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from calidrop.cli import COLUMNS, _mb
 from calidrop.compare import Row
 from calidrop.planning import Advice, Option
+from calidrop.terminal import COLUMNS, mb
 
 OPTION_COLUMNS: tuple[tuple[str, str, Callable[[Option], str]], ...] = (
     ("recipe", "", lambda o: o.recipe),
     ("device", "MB (10^6 bytes) on the device after the prompts, predicted by running the recipe on one head",
-     lambda o: _mb(o.device_bytes)),
-    ("host", "the same in host memory", lambda o: _mb(o.host_bytes)),
+     lambda o: mb(o.device_bytes)),
+    ("host", "the same in host memory", lambda o: mb(o.host_bytes)),
     ("B/token", "device bytes per token of context", lambda o: f"{o.bytes_per_token:.0f}"),
     ("ratio", "uncompressed bytes / device bytes", lambda o: f"{o.ratio:.1f}x"),
     ("tokens", "per kv head, answered from on the device", lambda o: f"{o.tokens:.0f}"),
@@ -67,9 +67,9 @@ def print_advice(out: Console, advice: Advice) -> None:
     out.print(f"\nrecommended: [bold]{escape(advice.recommended.recipe)}[/bold] ({why})")
     out.print(
         f"[dim]context {advice.context}, batch {advice.batch}, {advice.dtype}\n"
-        f"uncompressed: {_mb(advice.full_bytes)} MB\n"
-        f"device: {_mb(advice.memory)} MB ({advice.memory_source})\n"
-        f"host: {_mb(advice.host_memory)} MB ({advice.host_source})[/dim]"
+        f"uncompressed: {mb(advice.full_bytes)} MB\n"
+        f"device: {mb(advice.memory)} MB ({advice.memory_source})\n"
+        f"host: {mb(advice.host_memory)} MB ({advice.host_source})[/dim]"
     )
     for note in advice.notes:
         out.print(f"[dim]{escape(note)}[/dim]")

@@ -18,7 +18,8 @@ from calidrop import compare, pareto
 from calidrop.cache import layers_of
 from calidrop.footprint import Footprint, Layers, Prompt, footprint
 from calidrop.memory import Room, megabytes, room
-from calidrop.recipe import Part, Recipe, check_int, parse
+from calidrop.parts import Part, check_int
+from calidrop.recipe import Recipe, parse
 from calidrop.skeleton import skeleton
 
 Progress = Callable[[str, int, int], None]

@@ -27,7 +27,9 @@ Budget = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Score(State, ABC):
-    """Ranks tokens: larger is more worth keeping. Sees tokens and an Observation, nothing else."""
+    """Ranks tokens: larger is more worth keeping. Sees tokens and an Observation, nothing else.
+
+    What it wants to know of a token the next time it puts into a column of `t.stats`, which travels with the token."""
 
     tracks = False
     """Whether `stats` must be called at every step (per-token statistics)."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calidrop.recipe import Layer
+from calidrop.parts import Layer
 
 KIND = "calidrop.recalkv"
 

@@ -1,6 +1,6 @@
 from calidrop import budgets
 from calidrop.methods.snapkv import WindowAttention, check_window
-from calidrop.recipe import Evictor, check_number, method
+from calidrop.parts import Evictor, check_number, method
 
 
 @method("AdaKV, arXiv 2407.11550")
@@ -14,11 +14,11 @@ def adakv(
     """
     check_window("adakv", budget, recent, kernel, every)
     check_number("adakv: floor", floor, 0.0, 1.0)
-    n = budgets.amount(budget, recent)
     return Evictor(
-        lambda layer: WindowAttention(kernel),
-        lambda layer: budgets.across_heads(n, floor, layer.heads),
-        recent,
-        every,
+        score=lambda layer: WindowAttention(kernel),
+        amount=budgets.amount(budget, recent),
+        keep=lambda layer, n: budgets.across_heads(n, floor, layer.heads),
+        recent=recent,
+        every=every,
         observe=recent,
     )

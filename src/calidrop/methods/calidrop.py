@@ -9,7 +9,7 @@ from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
 from calidrop.offload import HostLog
 from calidrop.parallel import HeadGroup
-from calidrop.recipe import Layer, Rest, check_choice, check_int, check_number, method
+from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens

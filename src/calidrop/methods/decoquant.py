@@ -5,8 +5,8 @@ from torch import Tensor
 
 from calidrop.coded import Coded
 from calidrop.parallel import HeadGroup
+from calidrop.parts import Layer, Storage, check_choice, check_int, method
 from calidrop.quant import pack, unpack
-from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens

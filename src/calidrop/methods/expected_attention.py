@@ -3,7 +3,7 @@ from torch import Tensor
 
 from calidrop import budgets
 from calidrop.observe import Observation
-from calidrop.recipe import Evictor, Layer, check_budget, check_every, check_int, method
+from calidrop.parts import Evictor, Layer, check_budget, check_every, check_int, method
 from calidrop.rope import Rope
 from calidrop.store import Score, real
 from calidrop.tokens import Tokens
@@ -64,11 +64,10 @@ def expected_attention(
     check_every("expected_attention", every)
     if isinstance(budget, int) and sinks + recent > budget:
         raise ValueError(f"expected_attention: sinks + recent must fit in budget, got {sinks} + {recent} > {budget}")
-    keep = budgets.top_k(budgets.amount(budget, recent))
 
     def score(layer: Layer) -> Score:
         if layer.rope is None:
             raise ValueError("expected_attention needs half-split rotary positions, which this model does not have")
         return ExpectedAttention(layer.rope, future, sinks)
 
-    return Evictor(score, lambda layer: keep, recent, every)
+    return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=every)

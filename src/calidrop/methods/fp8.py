@@ -1,5 +1,5 @@
 from calidrop.methods._per_token import Float8
-from calidrop.recipe import Storage, check_int, method
+from calidrop.parts import Storage, check_int, method
 
 
 @method("per-token fp8 (e4m3), as engines ship it")

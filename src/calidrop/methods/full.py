@@ -1,4 +1,4 @@
-from calidrop.recipe import Full, method
+from calidrop.parts import Full, method
 
 
 @method("the uncompressed cache")

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from calidrop import budgets
 from calidrop.observe import Observation
-from calidrop.recipe import Evictor, check_budget, check_every, check_number, method
+from calidrop.parts import Evictor, check_budget, check_every, check_number, method
 from calidrop.store import Score
 from calidrop.tokens import Tokens
 
@@ -37,5 +37,9 @@ def h2o(budget: int | float, recent: float = 0.5, every: int | None = 16) -> Evi
     check_budget("h2o", budget, 1)
     check_number("h2o: recent", recent, 0.0, 1.0)
     check_every("h2o", every)
-    keep = budgets.top_k(budgets.amount(budget, 1))
-    return Evictor(lambda layer: AccumulatedAttention(budget, recent), lambda layer: keep, 1, every)
+    return Evictor(
+        score=lambda layer: AccumulatedAttention(budget, recent),
+        amount=budgets.amount(budget, 1),
+        recent=1,
+        every=every,
+    )

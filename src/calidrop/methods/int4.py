@@ -1,6 +1,6 @@
 from calidrop.methods._per_token import PerToken
+from calidrop.parts import Layer, Storage, check_choice, check_int, method
 from calidrop.quant import whole_bytes
-from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.store import Store
 
 

@@ -1,5 +1,5 @@
 from calidrop.methods._per_token import PerToken
-from calidrop.recipe import Storage, check_int, method
+from calidrop.parts import Storage, check_int, method
 
 
 @method("per-token int8, as engines ship it")

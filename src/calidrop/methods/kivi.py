@@ -1,8 +1,8 @@
 from torch import Tensor
 
 from calidrop.coded import Coded
+from calidrop.parts import Layer, Storage, check_choice, check_int, method
 from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
-from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.store import Store
 
 

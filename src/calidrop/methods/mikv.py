@@ -3,8 +3,8 @@ from torch import Tensor
 
 from calidrop.coded import Coded
 from calidrop.observe import Observation
+from calidrop.parts import Layer, Rest, check_choice, method
 from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
-from calidrop.recipe import Layer, Rest, check_choice, method
 from calidrop.store import Store
 from calidrop.tokens import Tokens
 

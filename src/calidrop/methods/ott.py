@@ -6,8 +6,8 @@ from torch import Tensor
 from calidrop.coded import Coded
 from calidrop.methods.kivi import decode, encode
 from calidrop.observe import Observation
+from calidrop.parts import Layer, Storage, check_choice, check_int, method
 from calidrop.quant import whole_bytes
-from calidrop.recipe import Layer, Storage, check_choice, check_int, method
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
 

@@ -1,6 +1,6 @@
 from calidrop import budgets
 from calidrop.methods.snapkv import WindowAttention, check_window
-from calidrop.recipe import Evictor, Layer, check_number, method
+from calidrop.parts import Evictor, Layer, check_number, method
 from calidrop.store import Budget
 
 
@@ -16,9 +16,15 @@ def pyramidkv(
     """
     check_window("pyramidkv", budget, recent, kernel, every)
     check_number("pyramidkv: beta", beta, 1.0)
-    mean = budgets.amount(budget, recent)
 
-    def keep(layer: Layer) -> Budget:
+    def keep(layer: Layer, mean: budgets.Amount) -> Budget:
         return budgets.top_k(budgets.pyramid(mean, layer.index, layer.layers, float(beta), recent))
 
-    return Evictor(lambda layer: WindowAttention(kernel), keep, recent, every, observe=recent)
+    return Evictor(
+        score=lambda layer: WindowAttention(kernel),
+        amount=budgets.amount(budget, recent),
+        keep=keep,
+        recent=recent,
+        every=every,
+        observe=recent,
+    )

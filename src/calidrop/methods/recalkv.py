@@ -10,7 +10,7 @@ from calidrop import ops
 from calidrop.attention import Partial, Queries
 from calidrop.methods._latents import Artefact, Basis
 from calidrop.observe import Observation
-from calidrop.recipe import Layer, Shrink, check_int, method
+from calidrop.parts import Layer, Shrink, check_int, method
 from calidrop.rope import Rope
 from calidrop.store import Store
 from calidrop.tokens import Tokens

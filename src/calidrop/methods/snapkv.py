@@ -3,7 +3,7 @@ from torch import Tensor
 
 from calidrop import budgets
 from calidrop.observe import Observation
-from calidrop.recipe import Evictor, check_budget, check_every, check_int, method
+from calidrop.parts import Evictor, check_budget, check_every, check_int, method
 from calidrop.store import Score
 from calidrop.tokens import Tokens
 
@@ -39,5 +39,10 @@ def snapkv(budget: int | float, recent: int = 32, kernel: int = 5, every: int | 
     Deviation: weights are averaged over the group before pooling rather than after, which is the same number.
     """
     check_window("snapkv", budget, recent, kernel, every)
-    keep = budgets.top_k(budgets.amount(budget, recent))
-    return Evictor(lambda layer: WindowAttention(kernel), lambda layer: keep, recent, every, observe=recent)
+    return Evictor(
+        score=lambda layer: WindowAttention(kernel),
+        amount=budgets.amount(budget, recent),
+        recent=recent,
+        every=every,
+        observe=recent,
+    )

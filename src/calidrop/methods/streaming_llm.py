@@ -2,7 +2,7 @@ from torch import Tensor
 
 from calidrop import budgets
 from calidrop.observe import Observation
-from calidrop.recipe import Evictor, check_budget, check_every, check_int, method
+from calidrop.parts import Evictor, check_budget, check_every, check_int, method
 from calidrop.store import Score
 from calidrop.tokens import Tokens
 
@@ -31,5 +31,10 @@ def streaming_llm(budget: int | float, sinks: int = 4, recent: int = 1, every: i
     check_every("streaming_llm", every)
     if isinstance(budget, int) and sinks + recent > budget:
         raise ValueError(f"streaming_llm: sinks + recent must fit in budget, got {sinks} + {recent} > {budget}")
-    keep = budgets.top_k(budgets.amount(budget, recent))
-    return Evictor(lambda layer: FirstAndLast(sinks), lambda layer: keep, recent, every, per_head=False)
+    return Evictor(
+        score=lambda layer: FirstAndLast(sinks),
+        amount=budgets.amount(budget, recent),
+        recent=recent,
+        every=every,
+        per_head=False,
+    )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
-from calidrop.recipe import Layer, Shrink, check_number, method
+from calidrop.parts import Layer, Shrink, check_number, method
 from calidrop.state import State
 from calidrop.store import Score, Store
 from calidrop.tokens import Tokens

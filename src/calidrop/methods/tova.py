@@ -3,7 +3,7 @@ from torch import Tensor
 from calidrop import budgets
 from calidrop.observe import Observation
 from calidrop.parallel import HeadGroup
-from calidrop.recipe import Evictor, check_budget, check_every, method
+from calidrop.parts import Evictor, check_budget, check_every, method
 from calidrop.store import Score
 from calidrop.tokens import Tokens
 
@@ -26,5 +26,10 @@ def tova(budget: int | float, recent: int = 1, every: int | None = 16) -> Evicto
     """
     check_budget("tova", budget, recent)
     check_every("tova", every)
-    keep = budgets.top_k(budgets.amount(budget, recent))
-    return Evictor(lambda layer: LastQuery(layer.heads), lambda layer: keep, recent, every, per_head=False)
+    return Evictor(
+        score=lambda layer: LastQuery(layer.heads),
+        amount=budgets.amount(budget, recent),
+        recent=recent,
+        every=every,
+        per_head=False,
+    )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from calidrop import __version__
 from calidrop.methods._latents import Artefact, Basis
-from calidrop.recipe import check_int, check_number
+from calidrop.parts import check_int, check_number
 from calidrop.train import _lowrank as lowrank
 from calidrop.train._part import PartFile
 from calidrop.train._run import Run
