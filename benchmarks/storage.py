@@ -1,6 +1,6 @@
 """Storage formats at the bytes they really take, with transformers' own quantized cache in the same run.
 
-python -m benchmarks.storage [--context 1536] [--texts 3] [--json OUT]
+python -m benchmarks.storage [--model FOLDER] [--context 1536] [--texts 3] [--json OUT]
 
 KL to the full cache on pages of "Alice's Adventures in Wonderland" (no default was chosen on it), mean over texts.
 """
@@ -27,15 +27,19 @@ RECIPES = [
     "int4(rotate=False)",
     "kivi(bits=4, residual=32)",
     "kivi(bits=2, residual=32)",
-    "kivi(bits=2, group=64, residual=32)",
+    "kivi(bits=2, group=64, residual=64)",
+    "ott(block=64)",
     "ott",
     "ott(pool=0)",
+    "kivi(bits=2, residual=200)",
     "mixkvq(residual=32)",
     "decoquant",
     "think(keep=0.6)",
     "snapkv(budget=0.8)",
     "h2o(budget=0.2)+mikv(bits=2)",
-    "h2o(budget=0.35)",
+    "h2o(budget=0.27)",
+    "h2o(budget=0.2)+mikv(bits=4)",
+    "h2o(budget=0.36)",
     "snapkv(budget=128)",
     "snapkv(budget=416)+int4",
 ]
@@ -56,6 +60,7 @@ def table(rows: dict[str, list[Row]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--context", type=int, default=1536)
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--texts", type=int, default=3)
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = calidrop.load()
+    model, tokenizer = calidrop.load(args.model)
     peers = {
         "transformers DynamicCache, sdpa": lambda: DynamicCache(config=model.config),
         "transformers QuantizedCache fp8": lambda: QuantizedCache("fp8", model.config),

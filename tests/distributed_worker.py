@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict]] = {
         "pyramidkv(budget=24, recent=8)",
         "kivi(bits=4, group=16, residual=16)",
         f"{ADA}+kivi(bits=4, group=16)",
+        "snapkv(budget=24, recent=8, every=8)+kvcrush",
+        "adakv(budget=24, recent=8, every=8)+kvcrush(share=0.5)",
         f"{ADA}+decoquant",
         f"{SNAP}+calidrop(recompute=0.0, decide='head')",
         f"{SNAP}+calidrop(recompute=0.0, decide='layer')",

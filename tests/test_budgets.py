@@ -13,7 +13,7 @@ def test_ties_keep_the_older_token():
     store = layer_of("snapkv(budget=13, recent=6)", random_qkv(1, 2, 1, 1, 2)).plan.store
     score = torch.ones(1, 2, 60)
     score[0, :, 20:24], score[0, :, 1] = 5.0, 0.0
-    kept = store.budget(score, score >= 0, torch.tensor([66]))
+    kept = store.budget(score, torch.arange(60).expand(1, 2, 60), torch.tensor([66]))
     assert kept[0].nonzero()[:, 1].view(2, -1).tolist() == [[0, 2, 3, 20, 21, 22, 23]] * 2
 
 
@@ -25,7 +25,7 @@ def test_pyramid_budgets(budget, layers, length):
     for i in range(layers):
         layer = layer_of(f"pyramidkv(budget={budget})", random_qkv(1, 1, 1, 1, 2), i, layers)
         score = torch.rand(1, 1, length - 32)  # the window is not in the store
-        marks = layer.plan.store.budget(score, score >= 0, torch.tensor([length]))
+        marks = layer.plan.store.budget(score, torch.arange(length - 32)[None, None], torch.tensor([length]))
         counts.append(int(marks.sum()) + 32)
     assert all(a > b for a, b in itertools.pairwise(counts))
     assert abs(sum(counts) - layers * budget) <= layers

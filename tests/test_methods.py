@@ -100,6 +100,7 @@ EVICTORS = {
     "expected_attention": "expected_attention(budget={0}, recent=3, every={1})",
     "pyramidkv": "pyramidkv(budget={0}, recent=6, every={1})",
     "adakv": "adakv(budget={0}, recent=6, every={1})",
+    "kvcrush": "snapkv(budget={0}, recent=6, every={1})+kvcrush",
 }
 every_evictor = pytest.mark.parametrize("name", EVICTORS)
 

@@ -27,6 +27,8 @@ EVICTORS = [
     "expected_attention(budget=12, every=4)",
     "pyramidkv(budget=13, recent=5, every=4)",
     "adakv(budget=13, recent=5, every=4)",
+    "h2o(budget=12, every=4)+kvcrush(share=0.4)",
+    "adakv(budget=13, recent=5, every=4)+kvcrush(anchor='alternate')",
 ]
 STORAGES = [
     "kivi(bits=2, group=8)",

@@ -38,8 +38,9 @@ def best(score: Float[Tensor, "B M"], n: Int[Tensor, " B"]) -> Bool[Tensor, "B M
 def top_k(n: Amount) -> Budget:
     """The n best of every kv head."""
 
-    def budget(score: Tensor, valid: Tensor, context: Tensor) -> Tensor:
+    def budget(score: Tensor, pos: Tensor, context: Tensor) -> Tensor:
         B, H, N = score.shape
+        valid = pos >= 0
         marks = best(real(score, valid).reshape(B * H, N), n(context).repeat_interleave(H))
         return marks.view(B, H, N) & valid
 
@@ -51,9 +52,9 @@ def across_heads(n: Amount, floor: float, group: HeadGroup) -> Budget:
 
     `group` spans the heads that other processes hold (tensor parallel)."""
 
-    def budget(score: Tensor, valid: Tensor, context: Tensor) -> Tensor:
+    def budget(score: Tensor, pos: Tensor, context: Tensor) -> Tensor:
         B, H, N = score.shape
-        share = n(context)
+        share, valid = n(context), pos >= 0
         s = real(score, valid)
         safe = best(s.reshape(B * H, N), (share * floor).long().repeat_interleave(H)).view(B, H, N) & valid
         s = F.pad(s.masked_fill(safe, float("inf")), (0, group.longest(s) - N), value=float("-inf"))

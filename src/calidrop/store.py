@@ -23,7 +23,7 @@ from calidrop.state import Ragged, State
 from calidrop.tokens import Tokens
 
 Budget = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(score [B,H,N], valid bool [B,H,N], context int [B]) -> bool [B,H,N]: which tokens stay."""
+"""(score [B,H,N], pos int [B,H,N], context int [B]) -> bool [B,H,N]: which tokens stay. No empty slot (pos -1) does."""
 
 
 class Score(State, ABC):
@@ -157,7 +157,7 @@ class Split(Store):
         t = Tokens.cat([*self.kept.open(), t])
         if not t.dense:  # a score may look at neighbours, so no empty slot may lie between two tokens
             t = t.select(t.valid)
-        keep = self.budget(self.score(t, obs), t.valid, obs.context)
+        keep = self.budget(self.score(t, obs), t.pos, obs.context)
         self.kept.add(t.select(keep), obs)
         evicted = t.select(~keep)
         if len(evicted):

@@ -10,6 +10,7 @@ from calidrop.methods.h2o import h2o
 from calidrop.methods.int4 import int4
 from calidrop.methods.int8 import int8
 from calidrop.methods.kivi import kivi
+from calidrop.methods.kvcrush import kvcrush
 from calidrop.methods.mikv import mikv
 from calidrop.methods.mixkvq import mixkvq
 from calidrop.methods.ott import ott
@@ -26,6 +27,6 @@ METHODS = {
         full,
         *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
         *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
-        *(calidrop, mikv),
+        *(kvcrush, calidrop, mikv),
     )
 }
