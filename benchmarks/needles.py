@@ -20,6 +20,7 @@ import torch
 
 import calidrop
 from calidrop import KVCache
+from calidrop.plugin import using
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
 QUESTION = "\n\nThe magic number is"
@@ -39,14 +40,14 @@ def sample(tokenizer: Any, book: list[int], length: int, depth: float, draw: ran
 def ask(model: Any, recipe: str, context: list[int], later: list[int], answer: list[int]) -> tuple[float, float]:
     """1.0 if found, and the nll of the answer. `later` and the answer are fed one token at a time."""
     cache = KVCache(model, recipe, eager=True)
-    logits = model(torch.tensor([context]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    logits = model(torch.tensor([context]), **using(cache), logits_to_keep=1).logits[0, -1]
     for token in later:
-        logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([[token]]), **using(cache)).logits[0, -1]
     found, nll = 1.0, 0.0
     for token in answer:
         found *= float(int(logits.argmax()) == token)
         nll -= float(logits.double().log_softmax(-1)[token])
-        logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([[token]]), **using(cache)).logits[0, -1]
     return found, nll
 
 

@@ -27,7 +27,7 @@ cache = calidrop.KVCache(model, args.recipe)
 
 hill = "The house stood on a hill above the river, and in the evening its windows could be seen from far away. "
 inputs = tokenizer(f"The secret word is banana. {12 * hill}\nThe secret word is", return_tensors="pt").to(model.device)
-out = model.generate(**inputs, past_key_values=cache, max_new_tokens=8)  # the same call in every process
+out = model.generate(**inputs, cache=cache, max_new_tokens=8)  # the same call in every process
 
 for rank in range(dist.get_world_size()):
     dist.barrier()  # one after the other

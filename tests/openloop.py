@@ -9,6 +9,7 @@ from calidrop import KVCache
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from helpers import QKV
 
@@ -25,7 +26,7 @@ def record(model: nn.Module, ids: Tensor, monkeypatch) -> list[QKV]:
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerKV, "attend", spy)
-        model(ids, past_key_values=KVCache(model), logits_to_keep=1)
+        model(ids, **using(KVCache(model)), logits_to_keep=1)
     return seen
 
 

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calidrop.cache import KVCache
 from calidrop.compare import Row, compare
 from calidrop.generate import generate
+from calidrop.plugin import using
 
 CONTEXT, STEPS = 60, 12
 TEXT = " ".join(str(i * i % 97 + 1) for i in range(CONTEXT + STEPS + 20))
@@ -91,10 +92,8 @@ def test_kl_is_that_of_full_from_recipe(model):
     for name in ("full", recipe):
         cache = KVCache(model, name, eager=True)
         with torch.no_grad():
-            model(ids[:, :CONTEXT], past_key_values=cache)
-            steps = [
-                model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(CONTEXT, CONTEXT + STEPS)
-            ]
+            model(ids[:, :CONTEXT], **using(cache))
+            steps = [model(ids[:, i : i + 1], **using(cache)).logits[0, -1] for i in range(CONTEXT, CONTEXT + STEPS)]
         logp.append(torch.stack(steps).log_softmax(-1))
     kl = F.kl_div(logp[1], logp[0], log_target=True, reduction="none").sum(-1)
     (row,) = rows(model, recipe)

@@ -13,6 +13,7 @@ from calidrop.compare import Row
 from calidrop.footprint import Prompt, footprint
 from calidrop.memory import parse_bytes
 from calidrop.planning import Advice, Option, candidates
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from tiny import tiny
 
@@ -41,7 +42,7 @@ RECIPES = [
 def held(model, recipe: str, context: int, batch: int) -> KVCache:
     cache = KVCache(model, recipe, eager=True)
     ids = torch.randint(3, 97, (batch, context), generator=torch.Generator().manual_seed(0))
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, **using(cache), use_cache=True, logits_to_keep=1)
     return cache
 
 

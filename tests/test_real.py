@@ -118,7 +118,7 @@ def test_the_bytes_are_really_free(smollm2):
 
     before = live()
     cache = KVCache(model, "snapkv(budget=512)+calidrop")
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **using(cache), logits_to_keep=1)
     device, host = cache.nbytes, cache.host_nbytes
     new = {p: n for p, n in live().items() if p not in before}
     mine = {t.untyped_storage().data_ptr() for t in (*tensors(state(cache)), *tensors(state(cache), host=True))}
@@ -136,10 +136,11 @@ PEAK = """
 import resource, sys, torch
 torch.set_num_threads(2); torch.set_grad_enabled(False)
 import calidrop
+from calidrop.plugin import using
 model, tokenizer = calidrop.load()
 ids = tokenizer(open(sys.argv[1]).read(), return_tensors="pt").input_ids[:, :8000]
 cache = calidrop.KVCache(model, "snapkv(budget=512)", eager=True)
-model(ids, past_key_values=cache, logits_to_keep=1)
+model(ids, **using(cache), logits_to_keep=1)
 print(ids.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, cache.nbytes)
 """
 

@@ -19,6 +19,7 @@ from calidrop.attention import Queries, attend
 from calidrop.cli import app
 from calidrop.methods import recalkv
 from calidrop.methods._latents import KIND, Artefact, Basis
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.train import _lowrank as lowrank
@@ -216,7 +217,7 @@ def test_bytes_are_those_of_the_latents(files):
     model, inputs, recent = tiny(), batch(2, 61, (0, 0)), 5
     artefact = Artefact.load(str(files[0.5]))
     cache = calidrop.KVCache(model, recalkv(str(files[0.5]), recent=recent), eager=True)
-    model(inputs["input_ids"], past_key_values=cache)
+    model(inputs["input_ids"], **using(cache))
     n = 61 - recent
     for layer, (k, v) in zip(cache.layers, artefact.meta["ranks"], strict=True):
         store = layer.state.store
@@ -241,7 +242,7 @@ def test_a_second_turn(files, monkeypatch):
     logits = []
     for recipe in ("full", recalkv(str(files[1.0]), recent=4)):
         cache = calidrop.KVCache(model, recipe, eager=True)
-        logits += [torch.cat([model(t, past_key_values=cache).logits for t in text.split([30, 30, 1], 1)], 1)]
+        logits += [torch.cat([model(t, **using(cache)).logits for t in text.split([30, 30, 1], 1)], 1)]
     assert worst(*logits) < 2e-4
 
 

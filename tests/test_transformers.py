@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import calidrop
 from calidrop.layer import LayerKV
+from calidrop.plugin import using
 from calidrop.state import held_bytes
 from tiny import FAMILIES, batch, generate, row, tiny, worst
 
@@ -80,14 +81,14 @@ def forced(model, inputs, cache, tokens):
     n = inputs["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = [model(**inputs, position_ids=position[:, :n], past_key_values=cache).logits[:, -1:]]
+    out = [model(**inputs, position_ids=position[:, :n], **using(cache)).logits[:, -1:]]
     for i in range(tokens.shape[1] - 1):
         out.append(
             model(
                 tokens[:, i : i + 1],
                 attention_mask=mask[:, : n + i + 1],
                 position_ids=position[:, n + i : n + i + 1],
-                past_key_values=cache,
+                **using(cache),
             ).logits
         )
     return torch.cat(out, 1)
@@ -101,7 +102,7 @@ def test_beams_score_as_the_same_tokens_one_by_one(llama, recipe):
     inputs = batch(2, 45, (0, 9))
     n = inputs["input_ids"].shape[1]
     out = llama.generate(
-        **inputs, past_key_values=calidrop.KVCache(llama, recipe), num_beams=3, max_new_tokens=20, do_sample=False,
+        **inputs, **using(calidrop.KVCache(llama, recipe)), num_beams=3, max_new_tokens=20, do_sample=False,
         length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
     )  # fmt: skip
     tokens = out.sequences[:, n:]
@@ -169,7 +170,7 @@ def test_conversation_on_one_cache(llama, recipe):
     mask = torch.ones_like(ids)
     at = torch.arange(first.shape[1] + 7, ids.shape[1])[None]
     assert plain.get_seq_length() == at[0, 0]
-    want = llama(rest, attention_mask=mask, position_ids=at, past_key_values=plain).logits[:, -1]
+    want = llama(rest, attention_mask=mask, position_ids=at, **using(plain)).logits[:, -1]
     assert worst(logits[:, 0], want) < 2e-4
     full = cache.full_nbytes
     assert full == (ids.shape[1] + 7) * 3 * 2 * 2 * 16 * 4
@@ -187,7 +188,7 @@ def test_two_conversations_interleaved(llama, recipe):
         steps = [a["input_ids"], b["input_ids"]]
         for _ in range(12):
             for i in range(2):
-                out = llama(steps[i], past_key_values=caches[i]).logits[:, -1]
+                out = llama(steps[i], **using(caches[i])).logits[:, -1]
                 logits[i].append(out)
                 steps[i] = out.argmax(-1, keepdim=True)
     for i in range(2):
@@ -215,8 +216,8 @@ def test_generate_compresses_each_layer_in_the_prefill(llama, chunk):
 def test_a_plain_call_waits_and_eager_does_not(llama):
     inputs, recipe = batch(), "snapkv(budget=24, recent=8)"
     plain, eager = calidrop.KVCache(llama, recipe), calidrop.KVCache(llama, recipe, eager=True)
-    llama(**inputs, past_key_values=plain)
-    llama(**inputs, past_key_values=eager)
+    llama(**inputs, **using(plain))
+    llama(**inputs, **using(eager))
     assert [len(layer.state.window) for layer in plain.layers] == [61] * 3
     assert [len(layer.state.window) for layer in eager.layers] == [8] * 3
     assert plain.nbytes == eager.nbytes
@@ -228,20 +229,20 @@ def test_prefix_reuse_by_deepcopy(llama):
     recipe = "adakv(budget=24, recent=8)+calidrop(recompute=0.3)"
     cache = calidrop.KVCache(llama, recipe)
     with torch.no_grad():
-        llama(**inputs, past_key_values=cache)
+        llama(**inputs, **using(cache))
     cache.compress()
     twin = copy.deepcopy(cache)
     one, other = torch.full((2, 1), 5), torch.full((2, 1), 7)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     with torch.no_grad():
-        a = llama(one, attention_mask=mask, past_key_values=cache).logits
-        llama(other, attention_mask=mask, past_key_values=twin)
+        a = llama(one, attention_mask=mask, **using(cache)).logits
+        llama(other, attention_mask=mask, **using(twin))
         again = copy.deepcopy(twin)
         assert again.get_seq_length() == cache.get_seq_length() == 62
     fresh = calidrop.KVCache(llama, recipe)
     with torch.no_grad():
-        llama(**inputs, past_key_values=fresh)
-        assert worst(llama(one, attention_mask=mask, past_key_values=fresh).logits, a) < 1e-5
+        llama(**inputs, **using(fresh))
+        assert worst(llama(one, attention_mask=mask, **using(fresh)).logits, a) < 1e-5
 
 
 def test_user_masks_in_four_dimensions(llama):
@@ -251,7 +252,7 @@ def test_user_masks_in_four_dimensions(llama):
     llama.set_attn_implementation("sdpa")
     with torch.no_grad():
         want = llama(inputs, attention_mask=mask).logits
-        got = llama(inputs, attention_mask=mask, past_key_values=calidrop.KVCache(llama)).logits
+        got = llama(inputs, attention_mask=mask, **using(calidrop.KVCache(llama))).logits
     assert worst(want, got) < 2e-4
 
 
@@ -289,9 +290,9 @@ class TestBadUse:
     def test_another_batch_size(self, llama):
         cache = calidrop.KVCache(llama)
         with torch.no_grad():
-            llama(batch(2)["input_ids"], past_key_values=cache)
+            llama(batch(2)["input_ids"], **using(cache))
             with pytest.raises(ValueError, match="holds 2 sequences, got a batch of 3"):
-                llama(torch.full((3, 1), 5), past_key_values=cache)
+                llama(torch.full((3, 1), 5), **using(cache))
         assert cache.get_seq_length() == 61
 
     @pytest.mark.parametrize(
@@ -320,13 +321,13 @@ class TestBadUse:
     def test_empty_prompt(self, llama):
         cache = calidrop.KVCache(llama, "snapkv(budget=24, recent=8)")
         with torch.no_grad(), pytest.raises(ValueError, match="empty prompt"):
-            llama(torch.zeros(1, 0, dtype=torch.long), past_key_values=cache)
+            llama(torch.zeros(1, 0, dtype=torch.long), **using(cache))
         assert cache.get_seq_length() == 0
 
     def test_crop_without_recording(self, llama):
         cache = calidrop.KVCache(llama, "snapkv(budget=24, recent=8)")
         with torch.no_grad():
-            llama(batch()["input_ids"], past_key_values=cache)
+            llama(batch()["input_ids"], **using(cache))
         with pytest.raises(ValueError, match="cannot remove 3 tokens"):
             cache.crop(-3)
 

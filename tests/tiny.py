@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers
 
+from calidrop.plugin import using
+
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -77,7 +79,7 @@ def generate(model, inputs: dict, cache=None, new: int = 24, **kwargs):
     """Greedy; returns (tokens [B,new], logits [B,new,vocab] or None)."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **using(cache),
         **{"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "output_logits": True, **kwargs},
         return_dict_in_generate=True,
     )

@@ -2,7 +2,7 @@
 
 model, tokenizer = calidrop.load()
 cache = calidrop.KVCache(model, "snapkv(budget=256)+calidrop")
-out = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+out = model.generate(**inputs, cache=cache, max_new_tokens=64)
 """
 
 from typing import TYPE_CHECKING, Any

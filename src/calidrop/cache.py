@@ -21,7 +21,8 @@ from calidrop.state import held_bytes
 
 
 class KVCache(Cache):
-    """A compressed KV cache for `model.generate(..., past_key_values=cache)` or a plain forward call.
+    """A compressed KV cache for `model.generate(..., cache=cache)` or a plain forward call (the keyword was
+    `past_key_values` before transformers 5.24).
 
     model: a transformers decoder; its attention implementation is set to "calidrop" (a DynamicCache still works there).
     recipe: what to do, as a string or as parts ("full" compresses nothing). eager: in

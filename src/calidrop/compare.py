@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from calidrop.cache import KVCache
 from calidrop.parts import Part, check_int
-from calidrop.plugin import ATTENTION
+from calidrop.plugin import ATTENTION, using
 from calidrop.recipe import Recipe, parse
 from calidrop.state import held_bytes
 
@@ -130,12 +130,12 @@ def _run(model: nn.Module, cache: Cache, ids: Tensor, context: int, progress: Pr
     n = ids.shape[1] - context - 1
     with prefill_progress(model, cache, n, progress):
         start = _now(ids)
-        model(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, :context], **using(cache), use_cache=True, logits_to_keep=1)
         prefill_s = _now(ids) - start
     logits, seconds = [], []
     for i in range(n):
         start = _now(ids)
-        out = model(ids[:, context + i : context + i + 1], past_key_values=cache, use_cache=True)
+        out = model(ids[:, context + i : context + i + 1], **using(cache), use_cache=True)
         seconds.append(_now(ids) - start)
         logits.append(out.logits[0, -1].float().cpu())
         if progress:

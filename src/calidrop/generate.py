@@ -14,6 +14,7 @@ from transformers import TextStreamer
 from calidrop.cache import KVCache
 from calidrop.compare import Progress, prefill_progress
 from calidrop.parts import Part, check_int
+from calidrop.plugin import using
 from calidrop.recipe import Recipe
 
 
@@ -56,7 +57,7 @@ def generate(
         ids = model.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
-            past_key_values=cache,
+            **using(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -6,6 +6,7 @@ the positions that are still stored.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from calidrop.layer import LayerKV
 
 ATTENTION = "calidrop"
+_TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
+CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
 
 class Handle:
@@ -39,6 +42,11 @@ class Handle:
             f"a calidrop KVCache needs the attention implementation {ATTENTION!r}, but the model runs another one; "
             f"call model.set_attn_implementation({ATTENTION!r}) (building a KVCache for the model does)"
         )
+
+
+def using(cache: Any) -> dict[str, Any]:
+    """The keyword argument by which this version of transformers takes a cache: `model(ids, **using(cache))`."""
+    return {CACHE: cache}
 
 
 class PositionMask:

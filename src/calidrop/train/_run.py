@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from calidrop.cache import layers_of
 from calidrop.methods._latents import Basis
-from calidrop.plugin import attention_modules, check_model, key_sample
+from calidrop.plugin import attention_modules, check_model, key_sample, using
 from calidrop.rope import Rope
 
 Call = dict[str, Any]
@@ -62,7 +63,8 @@ class Run:
             raise ValueError(f"recalkv: {name} normalizes keys after projecting them ({', '.join(norms)})")
         seen: dict[tuple[int, int], Tensor] = {}
         with self.watched(lambda at, which, y: seen.update({(at, which): y})):
-            cache = self.model(self.ids[:1, :32].to(self.model.device), use_cache=True).past_key_values
+            cache: Any = DynamicCache(config=self.config)
+            self.model(self.ids[:1, :32].to(self.model.device), **using(cache))
         for at, i in enumerate(self.whole):
             k, v = (seen[at, w].float().unflatten(-1, (self.heads, self.dim)).transpose(1, 2) for w in (0, 1))
             k = Rope(self.rope).rotate(k, torch.arange(k.shape[2], device=k.device)) * self.scaling
