@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers.cache_utils import DynamicCache, QuantizedCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 import calidrop
 from calidrop.compare import Row, compare
+from calidrop.plugin import layer_kinds
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
 RECIPES = [
@@ -69,10 +71,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = calidrop.load(args.model)
-    peers = {
+    peers: dict[str, Callable[[], Cache]] = {
         "transformers DynamicCache, sdpa": lambda: DynamicCache(config=model.config),
-        "transformers QuantizedCache fp8": lambda: QuantizedCache("fp8", model.config),
     }
+    if not any(layer_kinds(model.config)):  # it refuses models with sliding layers
+        peers["transformers QuantizedCache fp8"] = lambda: QuantizedCache("fp8", model.config)
     rows: dict[str, list[Row]] = {}
     for i in range(args.texts):
         text = TEXT.read_text()[20000 + 45000 * i :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from torch import Tensor
 from calidrop import ops
 from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.state import Ragged
 from calidrop.store import Exact, Store, count
 from calidrop.tokens import Tokens
+
+CODES = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
 
 
 class Coded(Store):
@@ -108,13 +112,25 @@ class Coded(Store):
     def _exact(self) -> list[Exact]:
         return [*self.beside, self.waiting]
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def layout(self) -> dict[str, Any]:
+        """What a kernel must know to read the codes: `kind`, `bits`, ... of `Piece`; empty where none can."""
+        return {}
+
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         parts = [part for store in self._exact() for part in store.attend(qs)]
+        layout = self.layout()
+        if self.held is None or self.held.longest == 0:
+            return parts
+        if not layout:
+            return [*parts, self._answer(qs)]
+        columns = (*CODES, "pos") if self.beside else CODES
+        return [*parts, Piece.held(self.held, columns, self._answer, group=self.group, **layout)]
+
+    def _answer(self, qs: Queries) -> Partial:
         t = self._units()
-        if t is not None:
-            o, lse = ops.attend(replace(qs, q=self.turn(qs.q).to(qs.q.dtype)), t)
-            parts.append((self.unturn(o), lse))
-        return parts
+        assert t is not None
+        o, lse = ops.attend(replace(qs, q=self.turn(qs.q).to(qs.q.dtype)), t)
+        return self.unturn(o), lse
 
     def tokens(self) -> list[Tokens]:
         return self._restored() + [t for store in self._exact() for t in store.tokens()]

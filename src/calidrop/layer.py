@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from calidrop import ops
-from calidrop.attention import Partial, Queries, merge
+from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
 from calidrop.plugin import Handle, PositionMask
 from calidrop.state import State
@@ -170,7 +171,7 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
-        o = self._finish(qs, [*parts, ops.attend(qs, s.window.tokens())], sink)
+        o = self._finish(qs, [*parts, ops.piece(s.window.tokens())], sink)
         s.steps += 1
         if self.plan.every and s.steps % self.plan.every == 0:
             self.flush()
@@ -198,14 +199,13 @@ class LayerKV(CacheLayerMixin):
         self._trim(slack=0)
         return o
 
-    def _finish(self, qs: Queries, parts: list[Partial], sink: Tensor | None) -> Tensor:
+    def _finish(self, qs: Queries, parts: list[Partial | Piece], sink: Tensor | None) -> Tensor:
         s = self.state
         s.seen += len(qs)
-        if sink is not None:
-            B, Hq, T, _ = qs.q.shape
-            o = parts[0][0]
-            parts = [*parts, (torch.zeros_like(o), sink.float().view(1, Hq, 1).expand(B, Hq, T))]
-        o, lse = merge(parts)
+        o, lse = ops.joined(qs, parts)
+        if sink is not None:  # joined as a token without a value
+            logit = sink.float()[:, None]
+            o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
         if s.store is not None:
             assert s.context is not None and s.start is not None
             step = Observation(qs, lse, s.context, s.start)

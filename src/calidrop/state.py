@@ -128,7 +128,7 @@ class Ragged(State):
         self.longest = int(self.lens.max()) if keep.numel() else 0
         self.uniform = bool((self.lens == self.longest).all())
         if not self.uniform:
-            self.data = {name: x[keep] for name, x in data.items()}
+            self.data = {name: x[keep].contiguous() for name, x in data.items()}  # indexing may permute strides
         elif self.longest == keep.shape[2]:
             # a copy: the caller's tensors are often views of something much larger, which would stay alive
             self.data = {name: x.clone(memory_format=torch.contiguous_format) for name, x in data.items()}
@@ -159,7 +159,7 @@ class Ragged(State):
         """With new or changed columns, given [B,H,longest,...] as `padded` lays them out."""
         _, valid = self.padded()
         new = copy.copy(self)
-        new.data = {**self.data, **{n: x if valid is None else x[valid] for n, x in columns.items()}}
+        new.data = {**self.data, **{n: x if valid is None else x[valid].contiguous() for n, x in columns.items()}}
         return new
 
     def take_rows(self, rows: Tensor) -> None:

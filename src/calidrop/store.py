@@ -19,6 +19,7 @@ from torch import Tensor
 from calidrop import ops
 from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.state import Ragged, State
 from calidrop.tokens import Tokens
 
@@ -57,8 +58,8 @@ class Store(State, ABC):
         """Take tokens in. Empty slots (pos -1) are left out."""
 
     @abstractmethod
-    def attend(self, qs: Queries) -> list[Partial]:
-        """Answers over disjoint sets. Everything stored is older than the queries."""
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
+        """Answers over disjoint sets, or what `ops.joined` gets them from. All of it is older than the queries."""
 
     @abstractmethod
     def tokens(self) -> list[Tokens]:
@@ -104,8 +105,10 @@ class Exact(Store):
         else:
             self.held = self.held.append(t.columns(), t.valid)
 
-    def attend(self, qs: Queries) -> list[Partial]:
-        return [ops.attend(qs, t) for t in self.tokens()]
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
+        if self.held is None or self.held.longest == 0:
+            return []
+        return [Piece.held(self.held, ("k", "v"), lambda qs: ops.attend(qs, self.tokens()[0]), kind="exact")]
 
     def tokens(self) -> list[Tokens]:
         if self.held is None or self.held.longest == 0:
@@ -133,7 +136,7 @@ class Discard(Store):
     def add(self, t: Tokens, obs: Observation) -> None:
         pass
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         return []
 
     def tokens(self) -> list[Tokens]:
@@ -165,7 +168,7 @@ class Split(Store):
             self.rest.add(evicted, obs)
         self.score.flushed()
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         return self.kept.attend(qs) + self.rest.attend(qs)
 
     def tokens(self) -> list[Tokens]:

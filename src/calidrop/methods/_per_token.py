@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,9 @@ class PerToken(Coded):
 
     def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (hadamard(k), hadamard(v)) if self.rotate else (k, v)
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": "per token", "bits": self.bits, "rotate": self.rotate}
 
     def format(self) -> str:
         return f"{self.bits}-bit per token{', rotated' if self.rotate else ''},"

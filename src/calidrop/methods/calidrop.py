@@ -8,6 +8,7 @@ from calidrop.attention import Partial, Queries, finite, logits, merge
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
 from calidrop.offload import HostLog
+from calidrop.ops.piece import Piece
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
 from calidrop.state import State
@@ -91,7 +92,7 @@ class Calibrated(Store):
 
     # ---- answering
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         summarised = self.log is None and self.summary is not None
         exact = len(qs) > 1 and self.log is not None
         # whatever this process holds: the others may be waiting for its cosines
@@ -117,7 +118,7 @@ class Calibrated(Store):
         if self.order == 1:
             drift = (qs.q.float() - self.q[:, :, None]) @ self.answer.mean_k[..., None]  # 0 where just refreshed
             lse = lse + qs.scale * drift[..., 0]
-        parts = [(self.answer.o[:, :, None].expand(*near.shape, -1), _where(applied, lse))]
+        parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*near.shape, -1), _where(applied, lse))]
         if self.summary is not None:
             o, lse = self.summary.attend(qs)
             parts.append((o, _where(~applied, lse)))

@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 from calidrop.coded import Coded
@@ -37,6 +39,9 @@ class ChannelKeys(Coded):
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return decode(data, self.bits, self.group)
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": "per channel", "bits": self.bits, "channels": self.group}
 
     def format(self) -> str:
         return f"{self.bits}-bit keys per channel, values per token,"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,9 @@ class Traced(Coded):
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return decode(data, self.bits, self.channels)
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": "per channel", "bits": self.bits, "channels": self.channels}
 
     def format(self) -> str:
         return f"{self.bits}-bit with {self.size} smallest keys traced,"

@@ -10,6 +10,7 @@ from calidrop import ops
 from calidrop.attention import Partial, Queries
 from calidrop.methods._latents import Artefact, Basis
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Shrink, check_int, method
 from calidrop.rope import Rope
 from calidrop.store import Store
@@ -41,7 +42,7 @@ class Latents(Store):
         k = self.basis.keys_of(z.k[:, 0])
         return (self.rope.rotate(k, z.pos - self.start[:, None, None]) * self.scaling).to(self.dtype)
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         parts = []
         for z in self.inner.tokens():
             for tile in (z.slice(i, i + TILE) for i in range(0, len(z), TILE)):

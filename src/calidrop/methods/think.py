@@ -3,8 +3,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from calidrop import ops
 from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Shrink, check_number, method
 from calidrop.state import State
 from calidrop.store import Score, Store
@@ -57,11 +59,15 @@ class ThinKeys(Store):
             answers = obs.weights(t) @ (t.v.float() * t.valid[..., None])  # [B,H,W,Dv]
             self.of_values = Channels(answers.square().sum(2), self.values)
 
-    def attend(self, qs: Queries) -> list[Partial]:
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
         if self.of_keys is None:
             return []
-        parts = self.inner.attend(replace(qs, q=self.of_keys.cut(qs.q)))
-        return [(self.of_values.spread(o), lse) for o, lse in parts] if self.of_values else parts
+        cut = replace(qs, q=self.of_keys.cut(qs.q))
+        parts = self.inner.attend(cut)
+        if not parts:
+            return []
+        o, lse = ops.joined(cut, parts)
+        return [(self.of_values.spread(o) if self.of_values else o, lse)]
 
     def _whole(self, t: Tokens) -> Tokens:
         assert self.of_keys is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries, grouped
+from calidrop.attention import Partial, Queries, grouped, merge
 from calidrop.attention import attend as oracle
+from calidrop.ops import cpu
+from calidrop.ops.piece import Piece
 from calidrop.tokens import Tokens
 
 
@@ -88,6 +92,22 @@ def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
     return o, lse
 
 
+def piece(t: Tokens) -> Piece:
+    """Tokens for `joined`, without a copy; k and v must have a stride of 1 in their last dim."""
+    columns = {"k": t.k, "v": t.v} if t.dense else {"k": t.k, "v": t.v, "pos": t.pos}
+    return Piece("exact", columns, None, t.k.shape[1], t.v.shape[-1], lambda qs: attend(qs, t))
+
+
+def joined(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+    """The answer of the union of disjoint sets: by one kernel where there is one for all of them, else by torch one
+    after the other. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
+    if cpu.takes(qs, parts):
+        return cpu.decode(qs, parts)
+    return merge([p.answer(qs) if isinstance(p, Piece) else p for p in parts])
+
+
 def backend(device: torch.device) -> str:
     """What decodes exact tokens on this device."""
-    return {"cpu": "torch flash (cpu)", "cuda": "torch efficient attention"}.get(device.type, "torch oracle")
+    if device.type == "cpu":
+        return f"torch flash (no kernel: {cpu.kernel().reason})" if cpu.kernel().reason else "the kernel for CPUs"
+    return "torch efficient attention" if device.type == "cuda" else "torch oracle"

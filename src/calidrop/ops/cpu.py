@@ -1,0 +1,170 @@
+"""The decode kernel for CPUs: compiled at first use for this machine, kept in the user's cache folder.
+
+Its oracle is `attention.attend` on the decoded tokens, joined by `attention.merge`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from calidrop.attention import Partial, Queries
+from calidrop.ops.piece import Piece
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
+MOST_QUERIES = 8
+KINDS = {"exact": 0, "per token": 1, "per channel": 2}
+ANSWERED = 3
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ARRAYS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")
+
+
+class _Array(ctypes.Structure):
+    _fields_ = [("p", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("row", "head", "slot"))]
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("kind", "dtype", "bits", "group", "channels", "rotate")),
+        ("slots", ctypes.c_int64),
+        ("lens", ctypes.c_void_p),
+        *((n, _Array) for n in ARRAYS),
+    ]
+
+
+class Kernel:
+    """Why there is no kernel (`reason`), or the kernel."""
+
+    def __init__(self) -> None:
+        self.reason, self.run = "", None
+        if os.environ.get("CALIDROP_KERNEL") == "torch":
+            self.reason = "CALIDROP_KERNEL=torch"
+            return
+        try:
+            library = ctypes.CDLL(str(_built()))
+        except (OSError, subprocess.SubprocessError) as error:
+            self.reason = " ".join(str(error).split())[:200]
+            return
+        i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+        self.run = library.calidrop_decode
+        self.run.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
+        self.run.restype = None
+
+
+@functools.cache
+def kernel() -> Kernel:
+    return Kernel()
+
+
+def _built() -> Path:
+    """The compiled library. Raises OSError where there is no compiler, SubprocessError where it fails."""
+    _share_openmp()
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++ or clang++)")
+    told = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu()))
+    name = f"decode-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
+    if not (folder / name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
+            made = Path(temporary) / name
+            # not linked with a runtime of its own: two of them in one process fight for the cores
+            command = [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(made.with_suffix(".o"))]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [compiler, "-shared", str(made.with_suffix(".o")), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, folder / name)
+    return folder / name
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
+
+
+def _share_openmp() -> None:
+    """Let the kernel find the OpenMP runtime that torch runs on. Raises OSError where that is not known."""
+    try:
+        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    except OSError:
+        paths = set()
+    runtimes = sorted(p for p in paths if any(n in Path(p).name for n in ("libgomp", "libiomp", "libomp")))
+    if not runtimes:
+        raise OSError("torch's OpenMP runtime was not found")
+    # torch's own, where another library brought a second one
+    ctypes.CDLL(next((p for p in runtimes if "torch" in p), runtimes[0]), mode=ctypes.RTLD_GLOBAL)
+
+
+def takes(qs: Queries, parts: Sequence[Partial | Piece]) -> bool:
+    """Whether `decode` can answer all of this."""
+    if qs.q.device.type != "cpu" or qs.visible is not None or len(qs) > MOST_QUERIES or qs.q.dtype not in DTYPES:
+        return False
+    pieces = [p for p in parts if isinstance(p, Piece)]
+    return bool(pieces) and all(_fits(p, qs.q.shape[-1]) for p in pieces) and kernel().run is not None
+
+
+def _fits(x: Piece, head_dim: int) -> bool:
+    if x.kind == "per channel":
+        per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
+        return x.group % per_vector == 0 and x.channels % per_vector == 0
+    least = max(HEAD_DIMS.get(d, 99) for d in (head_dim, x.value_dim))
+    return least <= x.bits if x.kind == "per token" else least < 99 and x.columns["k"].dtype in DTYPES
+
+
+def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+    """Attention over the union of disjoint sets, all of them visible: one call. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
+    B, Hq, T, D = qs.q.shape
+    first = next(p for p in parts if isinstance(p, Piece))
+    H, Dv = first.heads, first.value_dim
+    q = qs.q.float().contiguous()
+    out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
+    keep: list[Tensor] = []
+    told = (_Piece * len(parts))(*(_told(p, keep) for p in parts))
+    run = kernel().run
+    assert run is not None
+    run(
+        q.data_ptr(), out.data_ptr(), lse.data_ptr(), B, H, Hq // H * T, D, Dv,
+        qs.scale, qs.softcap or 0.0, told, len(told), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def _told(part: Partial | Piece, keep: list[Tensor]) -> _Piece:
+    """keep: tensors made on the way, which must outlive the call."""
+    if not isinstance(part, Piece):
+        o, lse = (x.float().contiguous() for x in part)
+        keep += [o, lse]
+        return _Piece(kind=ANSWERED, k=_Array(o.data_ptr()), v=_Array(lse.data_ptr()))
+    flat = part.lens is not None
+    told = _Piece(
+        KINDS[part.kind], DTYPES.get(part.columns["k"].dtype, 0), part.bits, part.group, part.channels, part.rotate
+    )
+    told.slots = 0 if flat else part.columns["k"].shape[2]
+    if part.lens is not None:
+        told.lens = part.lens.data_ptr()
+    for name, x in part.columns.items():
+        size, stride = x.element_size(), x.stride()
+        if flat:
+            setattr(told, name, _Array(x.data_ptr(), 0, 0, stride[0] * size))
+        else:
+            setattr(told, name, _Array(x.data_ptr(), stride[0] * size, stride[1] * size, stride[2] * size))
+    return told

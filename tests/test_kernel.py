@@ -1,0 +1,125 @@
+"""The decode kernel for CPUs (ops/decode.cpp) against its oracle, attention.attend and merge on the decoded tokens."""
+
+import pytest
+import torch
+
+from calidrop import ops
+from calidrop.attention import Queries, attend, merge
+from calidrop.ops import cpu
+from calidrop.state import Ragged
+from calidrop.store import Exact
+from calidrop.tokens import Tokens
+from helpers import live, random_qkv, run
+
+pytestmark = pytest.mark.skipif(bool(cpu.kernel().reason), reason=f"no kernel: {cpu.kernel().reason}")
+
+
+def queries(B: int, Hq: int, T: int, D: int, softcap: float | None = None) -> Queries:
+    return Queries(torch.randn(B, Hq, T, D), torch.full((B, T), 10_000), D**-0.5, softcap)
+
+
+def tokens(B: int, H: int, N: int, D: int, dtype=torch.float32, empty: float = 0.0) -> Tokens:
+    pos = torch.arange(N, dtype=torch.int32).expand(B, H, N).clone()
+    pos[torch.rand(B, H, N) < empty] = -1
+    return Tokens(torch.randn(B, H, N, D).to(dtype), torch.randn(B, H, N, D).to(dtype), pos, dense=empty == 0.0)
+
+
+def check(qs: Queries, parts: list, sets: list[Tokens], limit: float) -> None:
+    assert cpu.takes(qs, parts)
+    o, lse = cpu.decode(qs, parts)
+    want, total = merge([attend(qs, t.k, t.v, t.pos) for t in sets])
+    assert torch.equal(lse.isinf(), total.isinf())
+    assert (lse - total).nan_to_num(0.0, 0.0, 0.0).abs().max() < limit
+    assert (o - want).abs().max() < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", sorted(cpu.HEAD_DIMS))
+@pytest.mark.parametrize("N", [1, 63, 65, 700])
+def test_exact(D, N, dtype):
+    t = tokens(2, 2, N, D, dtype)
+    for group, T in ((1, 1), (3, 1), (4, 2), (7, 1)):
+        qs = queries(2, 2 * group, T, D)
+        check(qs, [ops.piece(t)], [t], 2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_several_sets_empty_slots_and_answers(softcap):
+    D, qs = 64, queries(3, 6, 1, 64, softcap)
+    a, b, c = tokens(3, 2, 70, D), tokens(3, 2, 33, D, empty=0.4), tokens(3, 2, 41, D)
+    b.pos[1, 1] = -1  # a head with nothing
+    check(qs, [ops.piece(a), attend(qs, c.k, c.v, c.pos), ops.piece(b)], [a, b, c], 2e-5)
+    nothing = tokens(3, 2, 5, D, empty=1.1)
+    check(qs, [ops.piece(nothing)], [nothing], 2e-5)
+
+
+def test_heads_of_unequal_length():
+    qs = queries(2, 6, 1, 64)
+    t = tokens(2, 3, 900, 64, empty=0.5)
+    t.pos[0, 1, 20:] = -1
+    store = Exact()
+    store.held = Ragged(t.columns(), t.valid)
+    assert not store.held.uniform
+    check(qs, store.attend(qs), [t], 2e-5)
+
+
+def test_only_a_view_of_a_buffer():
+    qs, t = queries(2, 4, 1, 64), tokens(2, 2, 200, 64)
+    part = t.slice(7, 150)
+    check(qs, [ops.piece(part)], [part], 2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(rows, threads):
+    was = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        qs, t = queries(rows, 6, 1, 64), tokens(rows, 3, 3001, 64)
+        check(qs, [ops.piece(t), ops.piece(tokens(rows, 3, 1, 64))][:1], [t], 2e-5)
+    finally:
+        torch.set_num_threads(was)
+
+
+CODED = [
+    "int8(residual=5)",
+    "int4(residual=5)",
+    "int4(rotate=False, residual=5)",
+    *(f"kivi(bits={bits}, group={group}, residual=7)" for bits in (2, 4, 8) for group in (32, 64)),
+    "ott(bits=2, block=64, pool=3, spill=5, skip=0, residual=5)",
+    "ott(bits=4, block=128, pool=3, spill=2, skip=0, residual=5)",
+    "adakv(budget=300, recent=9)+int4",
+    "adakv(budget=300, recent=9)+kivi(bits=2)",
+    "snapkv(budget=200, recent=9)+calidrop",
+]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("recipe", CODED)
+def test_codes(recipe, D):
+    B, H, G, N = 2, 2, 3, 611
+    qkv = random_qkv(B, H, G, N, D)
+    kv = run(recipe, qkv, pads=[0, 77])
+    qs = Queries(torch.randn(B, H * G, 1, D), torch.full((B, 1), N), D**-0.5)
+    store = kv.state.store
+    parts = store.attend(qs)
+    if "calidrop" in recipe:
+        assert any(isinstance(p, tuple) for p in parts)  # what is remembered joins as an answer
+        o, lse = cpu.decode(qs, parts)
+        want, total = merge([p if isinstance(p, tuple) else p.answer(qs) for p in parts])
+        assert (o - want).abs().max() < 2e-5
+        assert (lse - total).abs().max() < 2e-5
+        return
+    assert sum(not isinstance(p, tuple) for p in parts) == len(parts)
+    check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+
+
+def test_what_it_does_not_take_is_answered_by_torch():
+    t = tokens(1, 2, 20, 48)
+    for qs in (queries(1, 4, 1, 48), queries(1, 4, 9, 64)):
+        t = tokens(1, 2, 20, qs.q.shape[-1])
+        assert not cpu.takes(qs, [ops.piece(t)])
+        o, lse = ops.joined(qs, [ops.piece(t)])
+        want, total = attend(qs, t.k, t.v, t.pos)
+        assert (o - want).abs().max() < 2e-5
+        assert (lse - total).abs().max() < 2e-5
