@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from calidrop import KVCache
 from calidrop.compare import compare
+from calidrop.plugin import using
 from calidrop.state import tensors
 from helpers import feed
 from openloop import built, record
