@@ -1,4 +1,7 @@
-"""The decode kernel for CPUs (ops/decode.cpp) against its oracle, attention.attend and merge on the decoded tokens."""
+"""The decode kernel for CPUs (ops/cpp) against its oracle, attention.attend and merge on the decoded tokens."""
+
+import functools
+import platform
 
 import pytest
 import torch
@@ -12,6 +15,10 @@ from calidrop.tokens import Tokens
 from helpers import live, random_qkv, run
 
 pytestmark = pytest.mark.skipif(bool(cpu.kernel().reason), reason=f"no kernel: {cpu.kernel().reason}")
+
+
+ONLY_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
+compiled = functools.cache(lambda flags: cpu.Kernel(*flags))
 
 
 def queries(B: int, Hq: int, T: int, D: int, softcap: float | None = None) -> Queries:
@@ -94,9 +101,22 @@ CODED = [
 ]
 
 
+# as it is compiled for this machine, without its VNNI path, and for machines with AVX2
+VARIANTS = [
+    pytest.param((), id="native"),
+    pytest.param(("-DCALIDROP_PORTABLE",), id="portable"),
+    pytest.param(("-march=x86-64-v3",), id="avx2", marks=[pytest.mark.slow, ONLY_X86]),
+]
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("recipe", CODED)
-def test_codes(recipe, D):
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_codes(flags, recipe, D, monkeypatch):
+    if flags:
+        other = compiled(flags)
+        assert not other.reason
+        monkeypatch.setattr(cpu, "kernel", lambda: other)
     B, H, G, N = 2, 2, 3, 611
     qkv = random_qkv(B, H, G, N, D)
     kv = run(recipe, qkv, pads=[0, 77])

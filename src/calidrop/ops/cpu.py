@@ -23,7 +23,7 @@ from torch import Tensor
 from calidrop.attention import Partial, Queries
 from calidrop.ops.piece import Piece
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCES = Path(__file__).with_name("cpp")  # decode.cpp and what it includes
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
 MOST_QUERIES = 8
@@ -47,15 +47,15 @@ class _Piece(ctypes.Structure):
 
 
 class Kernel:
-    """Why there is no kernel (`reason`), or the kernel."""
+    """Why there is no kernel (`reason`), or the kernel. flags: further ones for the compiler."""
 
-    def __init__(self) -> None:
+    def __init__(self, *flags: str) -> None:
         self.reason, self.run = "", None
         if os.environ.get("CALIDROP_KERNEL") == "torch":
             self.reason = "CALIDROP_KERNEL=torch"
             return
         try:
-            library = ctypes.CDLL(str(_built()))
+            library = ctypes.CDLL(str(_built((*FLAGS, *flags))))
         except (OSError, subprocess.SubprocessError) as error:
             self.reason = " ".join(str(error).split())[:200]
             return
@@ -70,13 +70,16 @@ def kernel() -> Kernel:
     return Kernel()
 
 
-def _built() -> Path:
+def _built(flags: tuple[str, ...]) -> Path:
     """The compiled library. Raises OSError where there is no compiler, SubprocessError where it fails."""
     _share_openmp()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++)")
-    told = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu()))
+    source = SOURCES / "decode.cpp"
+    told = "\n".join(
+        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), _cpu())
+    )
     name = f"decode-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
     if not (folder / name).is_file():
@@ -84,7 +87,7 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
             made = Path(temporary) / name
             # not linked with a runtime of its own: two of them in one process fight for the cores
-            command = [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(made.with_suffix(".o"))]
+            command = [compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(made.with_suffix(".o"))]
             subprocess.run(command, check=True, capture_output=True, text=True)
             command = [compiler, "-shared", str(made.with_suffix(".o")), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)

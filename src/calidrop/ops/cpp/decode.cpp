@@ -1,0 +1,441 @@
+// Decode attention on a CPU: a few queries per kv head over any number of pieces of cache, joined by their log-sum-exp
+// in one call. The oracle is calidrop.attention (attend, merge) on the decoded tokens. Portable C++17 with GCC/Clang
+// vector types, which become AVX-512, AVX2 or NEON; OpenMP where the caller's process has a runtime.
+#include "rows.h"
+#include "vnni.h"
+
+namespace {
+
+struct Array {
+  const char* p;
+  int64_t row, head, slot;  // strides in bytes
+};
+struct Piece {
+  int32_t kind, dtype, bits, group, channels, rotate;
+  int64_t slots;        // per (row, head) where lens is null
+  const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other
+  Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
+};
+enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED };
+enum Dtype { F32, BF16, F16 };
+
+struct Place {
+  int64_t b, h, start;  // start: the first slot, where heads lie one behind the other
+};
+
+inline const char* base(const Piece& x, const Array& a, const Place& at) {
+  return x.lens ? a.p + at.start * a.slot : a.p + at.b * a.row + at.h * a.head;
+}
+
+// what a set of tokens said to R queries: o not yet divided by l
+struct Answer {
+  int R, D;
+  std::vector<float> m, l, o, shrink;  // shrink: by what the last `softmax` multiplied l and o
+  Answer(int R, int D) : R(R), D(D), m(R, NONE), l(R, 0.0f), o(static_cast<size_t>(R) * D, 0.0f), shrink(R, 1.0f) {}
+  void reset() {
+    std::fill(m.begin(), m.end(), NONE);
+    std::fill(l.begin(), l.end(), 0.0f);
+    std::fill(o.begin(), o.end(), 0.0f);
+  }
+  void join(int r, float m2, float l2, const float* o2) {
+    if (m2 == NONE || l2 == 0.0f) return;
+    float top = std::max(m[r], m2), a = std::exp(m[r] - top), b = std::exp(m2 - top);
+    if (m[r] == NONE) a = 0.0f;
+    float* mine = o.data() + static_cast<size_t>(r) * D;
+    for (int d = 0; d < D; ++d) mine[d] = a * mine[d] + b * o2[d];
+    l[r] = a * l[r] + b * l2;
+    m[r] = top;
+  }
+};
+
+struct Call {
+  const float* q;  // [B,H,R,D]
+  float *out, *lse;
+  int64_t B, H;
+  int R, D, Dv;
+  float scale, softcap;
+};
+
+// scores [R][BLOCK] of n tokens become weights against the running maximum; o and l are rescaled
+void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
+             int64_t bias_slot) {
+  for (int r = 0; r < a.R; ++r) {
+    float* x = s + r * BLOCK;
+    if (softcap > 0.0f)
+      for (int t = 0; t < n; ++t) x[t] = softcap * std::tanh(x[t] / softcap);
+    if (bias)
+      for (int t = 0; t < n; ++t) x[t] += load<float>(bias + t * bias_slot);
+    if (pos)
+      for (int t = 0; t < n; ++t)
+        if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
+    for (int t = n; t < BLOCK; ++t) x[t] = NONE;
+    V top = load<V>(x);
+    for (int t = 16; t < BLOCK; t += 16) {
+      V y = load<V>(x + t);
+      top = y > top ? y : top;
+    }
+    float m = a.m[r];
+    a.shrink[r] = 1.0f;
+    for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
+    if (m == NONE) {  // nothing visible so far
+      std::memset(x, 0, sizeof(float) * BLOCK);
+      continue;
+    }
+    if (m > a.m[r]) {
+      const float shrink = a.m[r] == NONE ? 0.0f : std::exp(a.m[r] - m);
+      a.shrink[r] = shrink;
+      a.l[r] *= shrink;
+      float* o = a.o.data() + static_cast<size_t>(r) * a.D;
+      for (int d = 0; d < a.D; ++d) o[d] *= shrink;
+      a.m[r] = m;
+    }
+    V total = {};
+    for (int t = 0; t < BLOCK; t += 16) {
+      V y = exp(load<V>(x + t) - m);
+      std::memcpy(x + t, &y, 64);
+      total += y;
+    }
+    a.l[r] += sum(total);
+  }
+}
+
+void hadamard(float* x, int D) {
+  const int block = D & -D;
+  for (int half = 1; half < block; half *= 2)
+    for (int i = 0; i < D; i += 2 * half)
+      for (int j = i; j < i + half; ++j) {
+        float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+  const float c = 1.0f / std::sqrt(static_cast<float>(block));
+  for (int i = 0; i < D; ++i) x[i] *= c;
+}
+
+struct Scratch {
+  std::vector<float> q, s, w, scores, zeros, scale, zero, straight;
+  std::vector<int> k_order, v_order;
+  Answer part;
+#ifdef CALIDROP_VNNI
+  vnni::Fixed left, right;
+#endif
+  Scratch(const Call& c)
+      : q(c.R * c.D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(c.D, c.Dv)), part(c.R, c.Dv) {}
+};
+
+// ---- exact tokens
+
+template <class F>
+void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  for (int i = 0; i < c.R * c.D; ++i) w.q[i] = q[i] * c.scale;
+  const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+  const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
+  const char* bias = x.bias.p ? base(x, x.bias, at) : nullptr;
+  w.part.reset();
+  for (int64_t t = from; t < to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
+    dots_of<F>(c.D, k + t * x.k.slot, x.k.slot, w.q.data(), w.s.data(), n, c.R);
+    softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot,
+            bias ? bias + t * x.bias.slot : nullptr, x.bias.slot);
+    weigh_of<F>(c.Dv, v + t * x.v.slot, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
+  }
+}
+
+// ---- codes with a scale and zero per token
+
+// the order in which `codes` sees a row of keys, and in which it leaves sums over rows of values: place -> code
+template <int BITS> void orders(const Call& c, Scratch& w) {
+  w.k_order.resize(c.D), w.v_order.resize(c.Dv);
+  for (int i = 0; i < c.D; ++i) w.k_order[i] = plane_at(i, c.D, BITS);
+  for (int i = 0; i < c.Dv; ++i) w.v_order[i] = plane_at(i, c.Dv, BITS);
+#ifdef CALIDROP_VNNI
+  if (vnni::width(c.D) == 64)
+    for (int i = 0; i < c.D; ++i) w.k_order[i] = vnni::code_at(i, 64, BITS);
+  if (vnni::width(c.Dv))
+    for (int i = 0; i < c.Dv; ++i) w.v_order[i] = vnni::sum_at(i, vnni::width(c.Dv), BITS);
+#endif
+}
+
+template <int BITS>
+void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  orders<BITS>(c, w);
+  w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
+  float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
+  for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
+    std::memcpy(w.straight.data(), q + r * c.D, sizeof(float) * c.D);
+    if (x.rotate) hadamard(w.straight.data(), c.D);
+    for (int d = 0; d < c.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
+    for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = w.straight[w.k_order[d]];
+  }
+#ifdef CALIDROP_VNNI
+  w.left.size(c.R, c.D), w.right.size(c.R, BLOCK);
+  for (int r = 0; r < c.R; ++r) w.left.set(r, w.q.data() + r * c.D, c.D);
+#endif
+  const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+  const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
+  const char *vs = base(x, x.v_scale, at), *vz = base(x, x.v_zero, at);
+  const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
+  alignas(64) float scale[BLOCK], zero[BLOCK];
+  w.part.reset();
+  for (int64_t t = from; t < to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
+    const char *rows = k + t * x.k.slot, *v_rows = v + t * x.v.slot;
+#ifdef CALIDROP_VNNI
+    if (vnni::width(c.D) == 64)
+      vnni::dots<BITS>(rows, x.k.slot, n, c.D, w.left, c.R, w.s.data());
+    else
+#endif
+      dots_of<Codes<BITS>>(c.D, rows, x.k.slot, w.q.data(), w.s.data(), n, c.R);
+    halves(ks + t * x.k_scale.slot, x.k_scale.slot, n, scale);
+    halves(kz + t * x.k_zero.slot, x.k_zero.slot, n, zero);
+    for (int r = 0; r < c.R; ++r) {
+      float* s = w.s.data() + r * BLOCK;
+      for (int i = 0; i < n; ++i) s[i] = s[i] * scale[i] + zero[i] * zero_q[r];
+    }
+    softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    halves(vs + t * x.v_scale.slot, x.v_scale.slot, n, scale);
+    halves(vz + t * x.v_zero.slot, x.v_zero.slot, n, zero);
+    for (int r = 0; r < c.R; ++r) {
+      float* s = w.s.data() + r * BLOCK;
+      zero_v[r] = zero_v[r] * w.part.shrink[r] + inner(s, zero, n);
+      for (int i = 0; i < n; ++i) s[i] *= scale[i];
+    }
+#ifdef CALIDROP_VNNI
+    if (vnni::width(c.Dv)) {
+      for (int r = 0; r < c.R; ++r) w.right.set(r, w.s.data() + r * BLOCK, n);
+      vnni::rows<BITS>(v_rows, x.v.slot, n, c.Dv, w.right, c.R, w.part.o.data(), c.Dv);
+      continue;
+    }
+#endif
+    weigh_of<Codes<BITS>>(c.Dv, v_rows, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
+  }
+  for (int r = 0; r < c.R; ++r) {
+    float* o = w.part.o.data() + static_cast<size_t>(r) * c.Dv;
+    for (int d = 0; d < c.Dv; ++d) w.straight[w.v_order[d]] = o[d];
+    for (int d = 0; d < c.Dv; ++d) o[d] = w.straight[d] + zero_v[r];
+    if (x.rotate) hadamard(o, c.Dv);
+  }
+}
+
+// ---- keys with a scale and zero per channel over units of tokens, values per token over groups of channels (KIVI)
+
+// sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_at`
+template <int BITS, int L>
+void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int R, int w_width, float* to, int width) {
+  using F = typename Lanes<L>::F;
+  constexpr int PER = 8 / BITS;
+  constexpr uint8_t MASK = (1 << BITS) - 1;
+  const int bytes = codes / PER;
+  for (int r0 = 0; r0 < R; r0 += 4) {
+    const int rows = std::min(4, R - r0);
+    for (int j = 0; j < bytes / L; ++j) {
+      F sum[4][PER] = {};
+      for (int t = 0; t < n; ++t) {
+        const auto x = load<typename Lanes<L>::B>(p + t * step + j * L);
+        for (int b = 0; b < PER; ++b) {
+          const F f = __builtin_convertvector(
+              __builtin_convertvector((x >> static_cast<uint8_t>(BITS * b)) & MASK, typename Lanes<L>::I), F);
+          for (int r = 0; r < rows; ++r) sum[r][b] += f * w[(r0 + r) * w_width + t];
+        }
+      }
+      for (int r = 0; r < rows; ++r)
+        for (int b = 0; b < PER; ++b) {
+          float* o = to + static_cast<size_t>(r0 + r) * width + b * bytes + j * L;
+          F y = load<F>(o) + sum[r][b];
+          std::memcpy(o, &y, sizeof(F));
+        }
+    }
+  }
+}
+
+template <int BITS>
+void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, int x_width, float* to, int width,
+          Scratch& w) {
+#ifdef CALIDROP_VNNI
+  if (vnni::width(codes)) {
+    w.right.size(R, n);
+    for (int r = 0; r < R; ++r) w.right.set(r, x + static_cast<size_t>(r) * x_width, n);
+    vnni::rows<BITS>(p, step, n, codes, w.right, R, to, width);
+    return;
+  }
+#endif
+  if (codes * BITS / 8 % 16 == 0)
+    rows_of<BITS, 16>(p, step, n, codes, x, R, x_width, to, width);
+  else
+    rows_of<BITS, 8>(p, step, n, codes, x, R, x_width, to, width);
+}
+
+template <int BITS> void row_order(int codes, std::vector<int>& order) {
+  order.resize(codes);
+  for (int i = 0; i < codes; ++i) {
+#ifdef CALIDROP_VNNI
+    order[i] = vnni::width(codes) ? vnni::sum_at(i, vnni::width(codes), BITS) : plane_at(i, codes, BITS);
+#else
+    order[i] = plane_at(i, codes, BITS);
+#endif
+  }
+}
+
+// n numbers in the order of codes, code i from where place[i] says
+inline void in_order(const float* from, const std::vector<int>& place, int n, float* to) {
+#ifdef CALIDROP_VNNI
+  if (n == 32) return vnni::take32(from, place.data(), to);
+#endif
+  for (int i = 0; i < n; ++i) to[i] = from[place[i]];
+}
+
+template <int BITS>
+void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  constexpr int PER = 8 / BITS;
+  const int group = x.group, groups = c.Dv / x.channels, row = c.Dv / PER;
+  const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+  const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
+  const char *vs = base(x, x.v_scale, at), *vz = base(x, x.v_zero, at);
+  const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
+  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  Answer& a = w.part;
+  a.reset();
+  row_order<BITS>(group, w.k_order), row_order<BITS>(x.channels, w.v_order);
+  std::vector<int> place(group);
+  for (int i = 0; i < group; ++i) place[w.k_order[i]] = i;
+  // short units share a softmax where their values lie one behind the other
+  const bool behind = x.v.slot == static_cast<int64_t>(group) * row && x.v_scale.slot == 2L * group * groups;
+  const int together = behind && group < BLOCK ? BLOCK / group : 1, width = together * group;
+  w.scores.resize(c.R * width + group), w.zeros.assign(c.R * groups, 0.0f);
+  w.scale.resize(std::max(c.D, BLOCK * groups)), w.zero.resize(std::max(c.D, BLOCK * groups));
+  for (int64_t u = from; u < to; u += together) {
+    const int units = static_cast<int>(std::min<int64_t>(together, to - u)), tokens = units * group;
+    std::fill(w.scores.begin(), w.scores.end(), 0.0f);
+    for (int i = 0; i < units; ++i) {
+      halves(ks + (u + i) * x.k_scale.slot, 2, c.D, w.scale.data());
+      halves(kz + (u + i) * x.k_zero.slot, 2, c.D, w.zero.data());
+      for (int r = 0; r < c.R; ++r)
+        for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = q[r * c.D + d] * w.scale[d];
+      float* scores = w.scores.data() + i * group;
+      rows<BITS>(k + (u + i) * x.k.slot, group / PER, c.D, group, w.q.data(), c.R, c.D, scores, width, w);
+      for (int r = 0; r < c.R; ++r) {
+        float *mine = scores + static_cast<size_t>(r) * width, *own = w.scores.data() + c.R * width;
+        const float offset = inner(q + r * c.D, w.zero.data(), c.D);
+        for (int t = 0; t < group; ++t) own[t] = (mine[t] + offset) * c.scale;
+        in_order(own, place, group, mine);
+      }
+    }
+    for (int t0 = 0; t0 < tokens; t0 += BLOCK) {
+      const int n = std::min(BLOCK, tokens - t0);
+      for (int r = 0; r < c.R; ++r)
+        std::memcpy(w.s.data() + r * BLOCK, w.scores.data() + r * width + t0, sizeof(float) * n);
+      const char* held = pos ? pos + u * x.pos.slot + 4 * t0 : nullptr;
+      softmax(a, w.s.data(), n, c.softcap, held, 4, nullptr, 0);
+      halves(vs + u * x.v_scale.slot + 2L * t0 * groups, 2, n * groups, w.scale.data());
+      halves(vz + u * x.v_zero.slot + 2L * t0 * groups, 2, n * groups, w.zero.data());
+      for (int g = 0; g < groups; ++g) {
+        alignas(64) float scale[BLOCK], zero[BLOCK];
+        every(w.scale.data() + g, groups, n, scale);
+        every(w.zero.data() + g, groups, n, zero);
+        for (int r = 0; r < c.R; ++r) {
+          const float* s = w.s.data() + r * BLOCK;
+          for (int t = 0; t < n; ++t) w.w[r * BLOCK + t] = s[t] * scale[t];
+          w.zeros[r * groups + g] = w.zeros[r * groups + g] * a.shrink[r] + inner(s, zero, n);
+        }
+        const char* first = v + u * x.v.slot + static_cast<int64_t>(t0) * row + g * (x.channels / PER);
+        rows<BITS>(first, row, n, x.channels, w.w.data(), c.R, BLOCK, a.o.data() + g * x.channels, c.Dv, w);
+      }
+    }
+  }
+  for (int r = 0; r < c.R; ++r)
+    for (int g = 0; g < groups; ++g) {
+      float* o = a.o.data() + static_cast<size_t>(r) * c.Dv + g * x.channels;
+      for (int d = 0; d < x.channels; ++d) w.straight[w.v_order[d]] = o[d];
+      for (int d = 0; d < x.channels; ++d) o[d] = w.straight[d] + w.zeros[r * groups + g];
+    }
+}
+
+void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  if (x.kind == EXACT) {
+    if (x.dtype == F32) exact<Float32>(c, x, at, from, to, w);
+    if (x.dtype == BF16) exact<BFloat16>(c, x, at, from, to, w);
+    if (x.dtype == F16) exact<Float16>(c, x, at, from, to, w);
+  } else if (x.kind == PER_TOKEN) {
+    if (x.bits == 8) per_token<8>(c, x, at, from, to, w);
+    if (x.bits == 4) per_token<4>(c, x, at, from, to, w);
+    if (x.bits == 2) per_token<2>(c, x, at, from, to, w);
+  } else {
+    if (x.bits == 8) per_channel<8>(c, x, at, from, to, w);
+    if (x.bits == 4) per_channel<4>(c, x, at, from, to, w);
+    if (x.bits == 2) per_channel<2>(c, x, at, from, to, w);
+  }
+}
+
+}  // namespace
+
+// q [B,H,R,D] fp32; out [B,H,R,Dv], lse [B,H,R] fp32. Every (row, head) is cut into `splits` tasks of about equal length.
+extern "C" void calidrop_decode(const float* q, float* out, float* lse, int64_t B, int64_t H, int32_t R, int32_t D,
+                                int32_t Dv, float scale, float softcap, const Piece* pieces, int32_t count,
+                                int32_t threads) {
+  const Call c{q, out, lse, B, H, R, D, Dv, scale, softcap};
+  const int64_t heads = B * H;
+  std::vector<int64_t> slots(heads, 0), starts(heads * count, 0);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < heads; ++i) {
+    for (int p = 0; p < count; ++p) {
+      if (pieces[p].kind == ANSWERED) continue;
+      slots[i] += (pieces[p].lens ? pieces[p].lens[i] : pieces[p].slots) * pieces[p].group;
+      if (pieces[p].lens && i) starts[p * heads + i] = starts[p * heads + i - 1] + pieces[p].lens[i - 1];
+    }
+    longest = std::max(longest, slots[i]);
+  }
+  int64_t splits = heads % threads == 0 && heads >= threads ? 1 : (4 * threads + heads - 1) / heads;
+  splits = std::max<int64_t>(1, std::min(splits, longest / 256));
+  std::vector<Answer> answers(heads * splits, Answer(R, Dv));
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch w(c);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < heads * splits; ++task) {
+      const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;
+      Answer& mine = answers[task];
+      const int64_t first = slots[bh] * part / splits, last = slots[bh] * (part + 1) / splits;
+      int64_t at = 0;  // tokens of the pieces before
+      for (int p = 0; p < count; ++p) {
+        const Piece& x = pieces[p];
+        if (x.kind == ANSWERED) {
+          if (part == 0)
+            for (int r = 0; r < R; ++r) {
+              const int64_t i = bh * R + r;
+              const float m = load<float>(x.v.p + 4 * i);
+              if (x.k.p)
+                mine.join(r, m, 1.0f, reinterpret_cast<const float*>(x.k.p) + i * Dv);
+              else
+                mine.join(r, m, 1.0f, std::vector<float>(Dv, 0.0f).data());
+            }
+          continue;
+        }
+        const int64_t n = x.lens ? x.lens[bh] : x.slots;
+        // a unit belongs to the task in which it begins
+        auto begin = [&](int64_t token) {
+          return std::max<int64_t>(0, std::min(n, (token - at + x.group - 1) / x.group));
+        };
+        const int64_t from = first <= at ? 0 : begin(first), to = last <= at ? 0 : begin(last);
+        at += n * x.group;
+        if (from >= to) continue;
+        run(c, x, Place{b, h, x.lens ? starts[p * heads + bh] : 0}, from, to, w);
+        for (int r = 0; r < R; ++r)
+          mine.join(r, w.part.m[r], w.part.l[r], w.part.o.data() + static_cast<size_t>(r) * Dv);
+      }
+    }
+  }
+  for (int64_t bh = 0; bh < heads; ++bh) {
+    Answer& a = answers[bh * splits];
+    for (int64_t i = 1; i < splits; ++i) {
+      const Answer& o = answers[bh * splits + i];
+      for (int r = 0; r < R; ++r) a.join(r, o.m[r], o.l[r], o.o.data() + static_cast<size_t>(r) * Dv);
+    }
+    for (int r = 0; r < R; ++r) {
+      const float l = a.l[r];
+      lse[bh * R + r] = l > 0.0f ? a.m[r] + std::log(l) : NONE;
+      for (int d = 0; d < Dv; ++d) out[(bh * R + r) * Dv + d] = l > 0.0f ? a.o[static_cast<size_t>(r) * Dv + d] / l : 0.0f;
+    }
+  }
+}

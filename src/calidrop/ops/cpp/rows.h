@@ -1,0 +1,121 @@
+// Rows of floats or of codes against fp32 queries and weights: portable, converting codes to floats.
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+// ---- rows of one token as NV vectors of 16 floats; codes come plane by plane (the first code of every byte, ...)
+
+struct Float32 {
+  static constexpr int BITS = 32;
+  static inline V at(const char* row, int i, int) { return load<V>(row + 64 * i); }
+};
+struct BFloat16 {
+  static constexpr int BITS = 16;
+  static inline V at(const char* row, int i, int) {
+    auto x = __builtin_convertvector(load<Lanes<16>::H>(row + 32 * i), Lanes<16>::U) << 16;
+    V f;
+    std::memcpy(&f, &x, 64);
+    return f;
+  }
+};
+struct Float16 {
+  static constexpr int BITS = 16;
+  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
+  static inline V at(const char* row, int i, int) { return __builtin_convertvector(load<T>(row + 32 * i), V); }
+};
+template <int N> struct Codes {
+  static constexpr int BITS = N;
+  static inline V at(const char* row, int i, int vectors) {
+    const int per_plane = vectors * N / 8, plane = i / per_plane;
+    auto x = load<Lanes<16>::B>(row + 16 * (i % per_plane));
+    auto c = (x >> static_cast<uint8_t>(N * plane)) & static_cast<uint8_t>((1 << N) - 1);
+    return __builtin_convertvector(__builtin_convertvector(c, Lanes<16>::I), V);
+  }
+};
+
+// RT rows of scores at a time, four tokens in flight
+template <class F, int NV, int RT>
+inline void dots(const char* k, int64_t step, const float* q, int D, float* s, int n) {
+  for (int t = 0; t < n; ++t) {
+    const char* row = k + t * step;
+    V a[RT] = {};
+    for (int i = 0; i < NV; ++i) {
+      V x = F::at(row, i, NV);
+      for (int r = 0; r < RT; ++r) a[r] += x * load<V>(q + r * D + 16 * i);
+    }
+    for (int r = 0; r < RT; ++r) s[r * BLOCK + t] = sum(a[r]);
+  }
+}
+
+template <class F, int NV, int RT>
+inline void weigh(const char* v, int64_t step, const float* p, float* o, int D, int n) {
+  V acc[RT][NV];
+  for (int r = 0; r < RT; ++r)
+    for (int i = 0; i < NV; ++i) acc[r][i] = load<V>(o + r * D + 16 * i);
+  for (int t = 0; t < n; ++t) {
+    const char* row = v + t * step;
+    for (int i = 0; i < NV; ++i) {
+      V x = F::at(row, i, NV);
+      for (int r = 0; r < RT; ++r) acc[r][i] += x * p[r * BLOCK + t];
+    }
+  }
+  for (int r = 0; r < RT; ++r)
+    for (int i = 0; i < NV; ++i) std::memcpy(o + r * D + 16 * i, &acc[r][i], 64);
+}
+
+// as many rows at once as fit the registers
+template <class F, int NV> void all_dots(const char* k, int64_t step, const float* q, int D, float* s, int n, int R) {
+  int r = 0;
+  for (; r + 4 <= R; r += 4) dots<F, NV, 4>(k, step, q + r * D, D, s + r * BLOCK, n);
+  switch (R - r) {
+    case 3: dots<F, NV, 3>(k, step, q + r * D, D, s + r * BLOCK, n); break;
+    case 2: dots<F, NV, 2>(k, step, q + r * D, D, s + r * BLOCK, n); break;
+    case 1: dots<F, NV, 1>(k, step, q + r * D, D, s + r * BLOCK, n); break;
+  }
+}
+
+template <class F, int NV> void all_weigh(const char* v, int64_t step, const float* p, float* o, int D, int n, int R) {
+  constexpr int RT = NV <= 6 ? 4 : NV <= 8 ? 3 : 1;
+  int r = 0;
+  for (; r + RT <= R; r += RT) weigh<F, NV, RT>(v, step, p + r * BLOCK, o + r * D, D, n);
+  if constexpr (RT > 1) {
+    if (RT > 3 && R - r == 3) weigh<F, NV, 3>(v, step, p + r * BLOCK, o + r * D, D, n);
+    if (R - r == 2) weigh<F, NV, 2>(v, step, p + r * BLOCK, o + r * D, D, n);
+    if (R - r == 1) weigh<F, NV, 1>(v, step, p + r * BLOCK, o + r * D, D, n);
+  }
+}
+
+template <class F>
+bool dots_of(int D, const char* k, int64_t step, const float* q, float* s, int n, int R) {
+  switch (D) {
+    case 32: if constexpr (F::BITS >= 4) { all_dots<F, 2>(k, step, q, D, s, n, R); return true; } return false;
+    case 64: all_dots<F, 4>(k, step, q, D, s, n, R); return true;
+    case 80: if constexpr (F::BITS >= 8) { all_dots<F, 5>(k, step, q, D, s, n, R); return true; } return false;
+    case 96: if constexpr (F::BITS >= 4) { all_dots<F, 6>(k, step, q, D, s, n, R); return true; } return false;
+    case 128: all_dots<F, 8>(k, step, q, D, s, n, R); return true;
+    case 256: all_dots<F, 16>(k, step, q, D, s, n, R); return true;
+  }
+  return false;
+}
+
+template <class F>
+bool weigh_of(int D, const char* v, int64_t step, const float* p, float* o, int n, int R) {
+  switch (D) {
+    case 32: if constexpr (F::BITS >= 4) { all_weigh<F, 2>(v, step, p, o, D, n, R); return true; } return false;
+    case 64: all_weigh<F, 4>(v, step, p, o, D, n, R); return true;
+    case 80: if constexpr (F::BITS >= 8) { all_weigh<F, 5>(v, step, p, o, D, n, R); return true; } return false;
+    case 96: if constexpr (F::BITS >= 4) { all_weigh<F, 6>(v, step, p, o, D, n, R); return true; } return false;
+    case 128: all_weigh<F, 8>(v, step, p, o, D, n, R); return true;
+    case 256: all_weigh<F, 16>(v, step, p, o, D, n, R); return true;
+  }
+  return false;
+}
+
+// place p of a row whose planes lie one behind the other (the first codes of all bytes, ...) -> the code there
+inline int plane_at(int p, int codes, int bits) {
+  const int bytes = codes * bits / 8;
+  return p % bytes * (8 / bits) + p / bytes;
+}
+
+}  // namespace

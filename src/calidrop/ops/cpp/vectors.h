@@ -1,0 +1,109 @@
+// Vectors of 16 floats and what the kernel computes with them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+
+template <int L> struct Lanes {
+  typedef float F __attribute__((vector_size(4 * L), aligned(4)));
+  typedef int32_t I __attribute__((vector_size(4 * L), aligned(4)));
+  typedef uint32_t U __attribute__((vector_size(4 * L), aligned(4)));
+  typedef uint16_t H __attribute__((vector_size(2 * L), aligned(2)));
+  typedef uint8_t B __attribute__((vector_size(L), aligned(1)));
+};
+using V = Lanes<16>::F;
+constexpr int BLOCK = 64;  // tokens whose scores are held at once
+constexpr float NONE = -INFINITY;
+
+inline V splat(float x) { return V{} + x; }
+
+inline float sum(V x) {
+  Lanes<8>::F a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
+  a += b;
+  Lanes<4>::F c, d;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+// e^x for x <= 0, relative error 2e-7; below -87 it is 0
+inline V exp(V x) {
+  const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  Lanes<16>::I tiny = x < splat(-87.0f);
+  x = tiny ? splat(-87.0f) : x;
+  V n = (x * 1.44269504f + magic) - magic;
+  V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Lanes<16>::I e = (__builtin_convertvector(n, Lanes<16>::I) + 127) << 23;
+  V two;
+  std::memcpy(&two, &e, 64);
+  return tiny ? V{} : p * two;
+}
+
+inline float half(uint16_t h) {
+  _Float16 x;
+  std::memcpy(&x, &h, 2);
+  return static_cast<float>(x);
+}
+
+template <class T> inline T load(const void* p) {
+  T x;
+  std::memcpy(&x, p, sizeof(T));
+  return x;
+}
+
+// the first 16 of `left` numbers, zeros behind them
+inline V head(const float* p, int left) {
+  if (left >= 16) return load<V>(p);
+  V x = {};
+  std::memcpy(&x, p, sizeof(float) * left);
+  return x;
+}
+
+inline float inner(const float* a, const float* b, int n) {
+  V total = {};
+  for (int i = 0; i < n; i += 16) total += head(a + i, n - i) * head(b + i, n - i);
+  return sum(total);
+}
+
+// every S-th of n * S numbers
+template <int S> inline void every(const float* from, int n, float* to) {
+  for (int i = 0; i < n; ++i) to[i] = from[i * S];
+}
+inline void every(const float* from, int step, int n, float* to) {
+  switch (step) {  // known steps become shuffles
+    case 1: return every<1>(from, n, to);
+    case 2: return every<2>(from, n, to);
+    case 4: return every<4>(from, n, to);
+    case 8: return every<8>(from, n, to);
+  }
+  for (int i = 0; i < n; ++i) to[i] = from[i * step];
+}
+
+// n halves, `slot` bytes apart, as floats; to holds a multiple of 16
+inline void halves(const char* p, int64_t slot, int n, float* to) {
+  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
+  int i = 0;
+  if (slot == 2)
+    for (; i + 16 <= n; i += 16) {
+      V x = __builtin_convertvector(load<T>(p + 2 * i), V);
+      std::memcpy(to + i, &x, 64);
+    }
+  for (; i < n; ++i) to[i] = half(load<uint16_t>(p + i * slot));
+}
+
+}  // namespace
