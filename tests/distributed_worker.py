@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import calidrop
 from calidrop.store import Split, Store
-from tiny import batch, generate, tiny
+from tiny import batch, generate, soft, tiny
 
 NEW = 18
 SNAP, ADA = "snapkv(budget=24, recent=8)", "adakv(budget=24, recent=8)"
@@ -48,14 +48,30 @@ CASES["assisted"] = (SNAP, {"rows": 1, "prompt_lookup_num_tokens": 3})
 CASES["decoquant where a process keeps nothing"] = ("adakv(budget=9, recent=8)+decoquant", {"rows": 1})
 GATHERED = {recipe: (recipe, {}) for recipe in [ADA, f"{SNAP}+calidrop(recompute=0.0, decide='layer')"]}
 
+SHAPE = {
+    "vocab_size": 98,
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def softs() -> dict[str, tuple[str, dict]]:
+    """Soft tokens do not cross the stages of a pipeline."""
+    recipe = f"judge_q(budget=24, file={soft(tiny('llama', **SHAPE))!r})"
+    return {
+        "judge_q": (recipe, {}),
+        "judge_q in chunks": (f"{recipe}+calidrop(recompute=0.0)", {"prefill_chunk_size": 20}),
+    }
+
 
 def models() -> dict[str, tuple[Any, dict]]:
     """Per name a model and its cases. Two processes share llama's kv heads; olmo2's tensor parallel plan gathers the
     keys again, so that each process has all heads, and their number may be odd."""
-    shape = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
-    llama = tiny("llama", vocab_size=98, **shape)  # even: older versions cannot share another one
+    llama = tiny("llama", **SHAPE)  # an even vocabulary: older versions cannot share another one
     olmo2 = tiny("olmo2", vocab_size=98, num_attention_heads=6, num_key_value_heads=3)
-    return {"llama": (llama, CASES), "olmo2": (olmo2, GATHERED)}
+    return {"llama": (llama, CASES), "olmo2": (olmo2, GATHERED), "soft": (llama, softs())}
 
 
 def run(model: Any, recipe: str, eager: bool = False, rows: int = 2, **kwargs: Any) -> dict[str, Any]:
@@ -95,6 +111,7 @@ def main(folder: Path) -> None:
     for mode, name, config, cases in [
         ("tensor parallel", "llama", tensor, CASES),
         ("tensor parallel", "olmo2", tensor, GATHERED),
+        ("tensor parallel", "soft", tensor, softs()),
         ("pipeline parallel", "llama", pipeline, CASES),
     ]:
         model = AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config, dtype=torch.float32)

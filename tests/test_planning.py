@@ -15,7 +15,7 @@ from calidrop.memory import parse_bytes
 from calidrop.planning import Advice, Option, candidates
 from calidrop.plugin import using
 from calidrop.recipe import parse
-from tiny import tiny
+from tiny import soft, tiny
 
 RECIPES = [
     "full",
@@ -35,6 +35,7 @@ RECIPES = [
     "think(keep=0.6)+int4",
     "h2o(budget=0.2)+mikv",
     "streaming_llm(budget=100)+fp8",
+    "judge_q(budget=96, file=SOFT)+int4+calidrop",
 ]
 
 
@@ -51,7 +52,7 @@ def held(model, recipe: str, context: int, batch: int) -> KVCache:
 def test_prediction_is_what_a_prefill_leaves(family, recipe):
     """To the byte where no format's size depends on the values of keys."""
     model = tiny(family, max_position_embeddings=1024)
-    layers = layers_of(model)
+    layers, recipe = layers_of(model), recipe.replace("SOFT", repr(soft(model)))
     size = footprint(parse(recipe), layers, Prompt(layers[0][0], 500, model.dtype), 500, 2)
     cache = held(model, recipe, 500, 2)
     exact = not recipe.startswith("ott")
@@ -72,7 +73,8 @@ def test_half_precision_and_beyond_the_ruler(monkeypatch):
 
 
 def test_tokens_and_bits_are_read_off_what_is_held():
-    advice = calidrop.plan(tiny(), context=300, memory="1GB", recipes=RECIPES)
+    recipes = [recipe.replace("SOFT", repr(soft(tiny()))) for recipe in RECIPES]
+    advice = calidrop.plan(tiny(), context=300, memory="1GB", recipes=recipes)
     told = {o.recipe: (o.tokens, o.bits) for o in advice.options}
     assert told["full"] == (300, 32)
     assert told["snapkv(budget=96)"] == (96, 32)

@@ -17,6 +17,7 @@ from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes
+from tiny import soft
 
 EVICTORS = [
     "streaming_llm(budget=12, every=4)",
@@ -27,6 +28,7 @@ EVICTORS = [
     "expected_attention(budget=12, every=4)",
     "pyramidkv(budget=13, recent=5, every=4)",
     "adakv(budget=13, recent=5, every=4)",
+    "judge_q(budget=12, recent=3, file=SOFT)",
     "h2o(budget=12, every=4)+kvcrush(share=0.4)",
     "adakv(budget=13, recent=5, every=4)+kvcrush(anchor='alternate')",
 ]
@@ -80,21 +82,23 @@ def test_four_properties(recipe, rows, heads, group):
     D = 16
     torch.manual_seed(rows)
     rope = Rope(10000 ** (-torch.arange(0, D // 2) / (D // 2)))
-    plan = parse(recipe)
+    plan = parse(recipe.replace("SOFT", repr(soft(layers=3, kv_heads=heads, head_dim=D, model_type="", hidden=8))))
     layer = LayerKV(lambda: plan.plan(Layer(1, 3, heads * group, heads, D, rope, HeadGroup())))
     pads = torch.ones(rows, 200, dtype=torch.bool)
     if rows > 1:
         pads[1, :10] = False
     seen = 0
     for T in steps((37, 23)):
-        k, v = torch.randn(2, rows, heads, T, D)
-        q = torch.randn(rows, heads * group, T, D)
+        layer.jurors = len(layer.plan.jury) if layer.plan.jury is not None and layer.prompt_part(T, False) else 0
+        k, v = torch.randn(2, rows, heads, T + layer.jurors, D)
+        q = torch.randn(rows, heads * group, T + layer.jurors, D)
         if T == 1:
             layer.settle()
         before = (layer.state.store.tokens(), [layer.state.window.tokens()] if len(layer.state.window) else [])
         mask = PositionMask(pads, new_pads=seen == 0 and rows > 1)
         layer.update(k, v)
         out = layer.attend(q, mask, D**-0.5, None, None)
+        out, q, k, v = (x[:, :, :T] for x in (out, q, k, v))
         pos = mask.positions(rows, seen, T, k.device)
         qs = Queries(q, pos, D**-0.5)
         sets = [(t.k, t.v, t.pos) for part in before for t in part] + [(k, v, pos[:, None].expand(rows, heads, T))]

@@ -18,7 +18,8 @@ import calidrop
 from calidrop.attention import Queries, attend
 from calidrop.cli import app
 from calidrop.methods import recalkv
-from calidrop.methods._latents import KIND, Artefact, Basis
+from calidrop.methods._artefact import kind
+from calidrop.methods._latents import Artefact, Basis
 from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.rope import Rope
@@ -409,7 +410,7 @@ def test_windows_cover_the_text():
 
 def test_what_the_file_tells(files):
     with safe_open(files[0.5], "pt") as f:
-        meta = json.loads(f.metadata()[KIND])
+        meta = json.loads(f.metadata()[kind("recalkv")])
     told = {"model": "tiny", "model_type": "llama", "layers": 3, "kv_heads": 2, "head_dim": 16, "hidden": 48}
     assert told.items() <= meta.items()
     assert meta["keep"] == 0.5

@@ -10,7 +10,9 @@ import calidrop
 from calidrop.layer import LayerKV
 from calidrop.plugin import using
 from calidrop.state import held_bytes
-from tiny import FAMILIES, batch, generate, row, tiny, worst
+from tiny import FAMILIES, batch, generate, row, soft, tiny, worst
+
+SOFT = soft(tiny())
 
 RECIPES = [
     "streaming_llm(budget=20)",
@@ -29,6 +31,8 @@ RECIPES = [
     "adakv(budget=24, recent=8)+calidrop(order=0, recompute=0.3, apply=0.5)",
     "h2o(budget=20)+calidrop(decide='layer')",
     "h2o(budget=20)+calidrop(offload=False, summary=3)",
+    f"judge_q(budget=20, file={SOFT!r})",
+    f"judge_q(budget=24, recent=8, file={SOFT!r})+kivi(bits=4, group=16)+calidrop(recompute=0.3)",
 ]
 
 

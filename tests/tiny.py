@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 import transformers
 
+from calidrop.cache import layers_of
+from calidrop.methods._artefact import facts, key_samples
+from calidrop.methods.judge_q import Jury
 from calidrop.plugin import using
 
 COMMON = {
@@ -89,3 +96,22 @@ def generate(model, inputs: dict, cache=None, new: int = 24, **kwargs):
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
+
+
+def soft(model: torch.nn.Module | None = None, n: int = 5, **meta) -> str:
+    """A file of random soft tokens for judge_q, for `model` or for any of the shape in `meta`. The name depends on the
+    arguments alone, so that every process of a test run names its recipes alike."""
+    if model is not None:
+        layers = [layer for layer, reach in layers_of(model) if reach is None]
+        meta = facts(layers, model.config.hidden_size) | meta
+        samples = key_samples(layers)
+    else:
+        samples = torch.zeros(meta["layers"], 64)
+    folder = Path(tempfile.gettempdir()) / "calidrop-tests"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{'-'.join(f'{name}-{x}' for name, x in meta.items())}-{n}.safetensors"
+    rows = torch.randn(n, meta["hidden"], generator=torch.Generator().manual_seed(5)) * 0.5
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    Jury({"model": "tiny", **meta}, rows, samples).save(beside)
+    beside.replace(file)
+    return str(file)

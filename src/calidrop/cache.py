@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from calidrop import ops
+from calidrop import jury, ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
@@ -47,6 +47,9 @@ class KVCache(Cache):
         self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
         for layer in self._mine:
             layer.config = self.config
+        soft = next((layer.plan.jury for layer in self._mine if layer.plan.jury is not None), None)
+        if soft is not None:
+            jury.seat(model, soft)
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
 

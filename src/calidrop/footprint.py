@@ -87,6 +87,11 @@ class Prompt:
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
+            if plan.jury is not None:
+                soft = self.queries(len(plan.jury), context, heads)
+                step = dataclasses.replace(
+                    step, jury=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
+                )
             s.obs, s.due = step, True
             kv.settle()
         return s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
 from calidrop.window import Window
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class LayerState(State):
@@ -61,6 +64,7 @@ class LayerKV(CacheLayerMixin):
         self.plan = self.make()
         self.state = LayerState(self.plan.store)
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.jurors = 0  # how many of the next columns are soft tokens that look at a prompt (`jury.py`)
         self.record_past = False
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
@@ -133,6 +137,7 @@ class LayerKV(CacheLayerMixin):
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
         B, H, T, _ = k.shape
+        T -= self.jurors
         if self.state.context is None:
             self.state.context = torch.zeros(B, dtype=torch.long, device=k.device)
             self.column_bytes = (k[:, :, :1].nbytes + v[:, :, :1].nbytes) // B
@@ -140,32 +145,40 @@ class LayerKV(CacheLayerMixin):
         elif len(self.state.context) != B:
             raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
         pos = mask.positions(B, self.state.seen, T, k.device)
-        new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
-        qs = Queries(q, pos, scale, softcap, mask.visible)
+        new = Tokens(k[:, :, :T], v[:, :, :T], pos[:, None].expand(B, H, T), dense=not mask.new_pads)
+        qs = Queries(q[:, :, :T], pos, scale, softcap, mask.visible)
+        jury = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
+        prompt = self.prompt_part(T, mask.prompt)
         self.record_past = self.record_past and not mask.prompt  # plain decoding goes on with the cache
         if self.record_past:
-            return self._recorded(qs, new, sink)
-        if T == 1 and self.state.seen and not mask.prompt:
+            return self._recorded(qs, new, sink, prompt, jury)
+        if prompt == 0:
             self.settle()
             return self._step(qs, new, sink)
-        o = self._prompt(qs, new, sink)
+        o = self._prompt(qs, new, sink, jury)
         if self.eager or mask.ends:
             self.settle()
         return o
 
-    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+    def prompt_part(self, new: int, prompt: bool) -> int:
+        """How many of the new columns are a prompt's; the others are generated. prompt: known to be one."""
+        if self.record_past and not prompt:
+            return min(max(0, self.prompt_end - self.state.seen), new)
+        return 0 if new == 1 and self.state.seen and not prompt else new
+
+    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, jury: QKV) -> Tensor:
         """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
         would have had there. Forks share their tensors, so keeping them all costs nothing."""
-        out = []
-        prompt = min(max(0, self.prompt_end - self.state.seen), len(qs))
+        out, verdict = [], []
         if prompt:
-            out.append(self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink))
+            o = self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink, jury)
+            out, verdict = [o[:, :, :prompt]], [o[:, :, prompt:]]
         self.undo = [self.state.fork()]  # type: ignore[list-item]
         for i in range(prompt, len(qs)):
             self.settle()
             out.append(self._step(qs.slice(i, i + 1), new.slice(i, i + 1), sink))
             self.undo.append(self.state.fork())  # type: ignore[arg-type]
-        return torch.cat(out, 2)
+        return torch.cat(out + verdict, 2)
 
     def _step(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
         s = self.state
@@ -178,7 +191,8 @@ class LayerKV(CacheLayerMixin):
         self._trim()
         return o
 
-    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, jury: QKV) -> Tensor:
+        """The outputs of the prompt, and after them those of the jury."""
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         if self.reach is not None and len(s.window):
@@ -197,15 +211,30 @@ class LayerKV(CacheLayerMixin):
         s.steps, s.due = 0, s.store is not None and self.plan.prompts
         o = self._finish(qs, parts, sink)
         self._trim(slack=0)
-        return o
+        return torch.cat([o, self._heard(qs, jury, sink)], 2) if self.jurors else o
+
+    def _heard(self, qs: Queries, jury: QKV, sink: Tensor | None) -> Tensor:
+        """What the jury's n soft tokens [B,heads,n,D] answer, which stand right after the prompt whose queries are
+        `qs`, and see it and those before them. Of them, only what a scorer may see is kept, until the flush."""
+        s, (q, k, v) = self.state, jury
+        pos = torch.arange(s.seen, s.seen + self.jurors, dtype=torch.int32, device=q.device).expand(len(q), -1)
+        own = Tokens(k, v, pos[:, None].expand(*k.shape[:3]), dense=True)
+        soft = replace(qs, q=q, pos=pos)
+        parts: list[Partial | Piece] = []
+        if s.store is not None:
+            asked: Store = s.store.fork()  # type: ignore[assignment]  what a store notes as it answers is not for them
+            parts += asked.attend(soft)
+        parts += [ops.attend(soft, s.window.tokens()), ops.prompt(soft, own, self.reach)]
+        o, lse = _with_sink(*ops.joined(soft, parts), sink)
+        if s.obs is not None:
+            assert s.context is not None and s.start is not None
+            s.obs = replace(s.obs, jury=Observation(soft, lse, s.context, s.start).copied())
+        return o.to(q.dtype)
 
     def _finish(self, qs: Queries, parts: list[Partial | Piece], sink: Tensor | None) -> Tensor:
         s = self.state
         s.seen += len(qs)
-        o, lse = ops.joined(qs, parts)
-        if sink is not None:  # joined as a token without a value
-            logit = sink.float()[:, None]
-            o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
+        o, lse = _with_sink(*ops.joined(qs, parts), sink)
         if s.store is not None:
             assert s.context is not None and s.start is not None
             step = Observation(qs, lse, s.context, s.start)
@@ -249,3 +278,11 @@ class LayerKV(CacheLayerMixin):
         kind = f"sees only the last {self.reach} tokens, exact" if self.reach is not None else "exact window"
         store = f"; {s.store.describe()}" if s.store is not None else ""
         return f"{kind} {len(s.window)}{store}"
+
+
+def _with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> Partial:
+    """Joined with a logit per query head that is a token without a value."""
+    if sink is None:
+        return o, lse
+    logit = sink.float()[:, None]
+    return o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)

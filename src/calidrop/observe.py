@@ -18,13 +18,15 @@ class Observation(State):
     """Queries [B,Hq,W,D] with their log-sum-exp over everything they saw.
 
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
-    start: int64 [B], the column of its first real token (the number of left pads).
+    start: int64 [B], the column of its first real token (the number of left pads). jury: what the soft tokens behind a
+    prompt saw of it, for methods that have some, and with the queries of its last block only.
     """
 
     queries: Queries
     lse: Float[Tensor, "B Hq W"]
     context: Int[Tensor, " B"]
     start: Int[Tensor, " B"]
+    jury: Observation | None = None
 
     def index(self, t: Tokens) -> Int[Tensor, "B H N"]:
         """Where each token is in its own sequence, counted without pads."""
@@ -84,3 +86,5 @@ class Observation(State):
         rows = rows.to(qs.q.device)
         self.queries = Queries(qs.q[rows], qs.pos[rows], qs.scale, qs.softcap, qs.visible)
         self.lse, self.context, self.start = self.lse[rows], self.context[rows], self.start[rows]
+        if self.jury is not None:
+            self.jury.take_rows(rows)

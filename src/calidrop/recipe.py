@@ -72,7 +72,7 @@ class Recipe:
         if select is None:
             return Plan(kept(), lead.recent, lead.every, observe)
         store = select.store(layer, kept, rest.make(layer) if rest else None, stand)
-        return Plan(store, select.recent, select.every, observe, select.prompts)
+        return Plan(store, select.recent, select.every, observe, select.prompts, select.jury)
 
 
 def parse(recipe: str | Part | Recipe) -> Recipe:

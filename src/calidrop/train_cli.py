@@ -44,3 +44,47 @@ def recalkv(
     keys, values = (sum(pair[i] for pair in made.meta["ranks"]) for i in (0, 1))
     whole = made.meta["layers"] * made.meta["kv_heads"] * made.meta["head_dim"]
     stdout().print(f"{out}: {keys} of {whole} key dims, {values} of {whole} value dims", highlight=False)
+
+
+@app.command()
+def judge_q(
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Soft tokens.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Default: judge_q-MODEL.safetensors here.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Passages are cut from it; default: The Time Machine.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='JSONL with a "question" on each line, to be asked too.')
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts.")] = 128,
+    shortest: Annotated[int, typer.Option(min=8, help="Tokens of the shortest passage.")] = 96,
+    longest: Annotated[int, typer.Option(min=8, help="Tokens of the longest passage.")] = 768,
+    response: Annotated[int, typer.Option(min=1, help="Tokens of each response, at most.")] = 48,
+    epochs: Annotated[int, typer.Option(min=1, help="Times each sample is seen.")] = 8,
+    rate: Annotated[float, typer.Option(min=0.0, help="Adam's first learning rate.")] = 0.01,
+    loss: Annotated[str, typer.Option(help="mse (the paper's) or kl.")] = "mse",
+    seed: int = 0,
+    threads: Threads = None,
+) -> None:
+    """Soft tokens for judge_q(file='...'). A run that was stopped continues where it was."""
+    name = model or "smollm2"
+    out = out or Path(f"judge_q-{Path(name).name}.safetensors")
+    check_writable(out)
+    words = read_text(text)
+    from calidrop.train._prompts import prompts, read_questions
+
+    asked = read_questions(questions)
+    lm, tokenizer = load_model(model, threads)
+    from calidrop.train.judge_q import train
+
+    said = ["calidrop", "train", "judge-q", "--model", name, "--tokens", str(tokens), "--out", str(out)]
+    said += [] if text is None else ["--text", str(text)]
+    said += [] if questions is None else ["--questions", str(questions)]
+    said += ["--samples", str(samples), "--shortest", str(shortest), "--longest", str(longest)]
+    said += ["--response", str(response), "--epochs", str(epochs), "--rate", str(rate), "--loss", loss]
+    said += ["--seed", str(seed)]
+    options = {"response": response, "epochs": epochs, "rate": rate, "loss": loss, "seed": seed, "name": name}
+    chats = prompts(tokenizer, words, asked, samples, shortest, longest, seed)
+    with bars("training", remaining=True) as tick:
+        made = train(lm, chats, out, tokens, progress=tick, command=shlex.join(said), **options)
+    first, last = made.meta["losses"][0], made.meta["losses"][-1]
+    stdout().print(f"{out}: {tokens} soft tokens, loss {first:.4f} in the first epoch, {last:.4f} in the last")

@@ -9,6 +9,7 @@ from calidrop.methods.full import full
 from calidrop.methods.h2o import h2o
 from calidrop.methods.int4 import int4
 from calidrop.methods.int8 import int8
+from calidrop.methods.judge_q import judge_q
 from calidrop.methods.kivi import kivi
 from calidrop.methods.kvcrush import kvcrush
 from calidrop.methods.mikv import mikv
@@ -25,7 +26,7 @@ METHODS = {
     build.__name__: build
     for build in (
         full,
-        *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
+        *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv, judge_q),
         *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
         *(kvcrush, calidrop, mikv),
     )

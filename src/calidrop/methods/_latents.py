@@ -6,18 +6,14 @@ itself. Hence a basis needs neither the layer's input nor its weights, and is ap
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from calidrop.methods import _artefact
 from calidrop.parts import Layer
-
-KIND = "calidrop.recalkv"
 
 
 class Basis:
@@ -91,42 +87,21 @@ class Artefact:
         for i, basis in enumerate(self.layers):
             data |= {f"{i}.keys": basis.keys, f"{i}.values": basis.values}
             data |= {f"{i}.key_bias": basis.key_bias, f"{i}.value_bias": basis.value_bias}
-        meta = self.meta | {"orders": [basis.order for basis in self.layers]}
-        # a single entry, since safetensors writes several in no fixed order
-        save_file({n: x.contiguous().cpu() for n, x in data.items()}, file, {KIND: json.dumps(meta)})
+        _artefact.save("recalkv", file, self.meta | {"orders": [basis.order for basis in self.layers]}, data)
 
     @staticmethod
     def load(file: str) -> Artefact:
         """Raises ValueError for a file that is not there or not one of these."""
-        if not Path(file).is_file():
-            raise ValueError(f"recalkv: no file {file!r}; make it with: calidrop train recalkv --out {file}")
-        try:
-            with safe_open(file, "pt") as f:
-                text = (f.metadata() or {}).get(KIND)
-                data = {name: f.get_tensor(name) for name in f.keys()} if text else {}  # noqa: SIM118 not a dict
-        except SafetensorError:
-            text, data = None, {}
-        if text is None:
-            raise ValueError(f"recalkv: {file!r} was not written by calidrop train recalkv")
-        meta = json.loads(text)
+        meta, data = _artefact.load("recalkv", file)
         names = ("keys", "values", "key_bias", "value_bias")
         layers = [Basis(order, *(data[f"{i}.{n}"] for n in names)) for i, order in enumerate(meta["orders"])]
         return Artefact(meta, layers, data["rope"], data["samples"])
 
     def check(self, layer: Layer) -> None:
         """Raises ValueError for a layer of another model."""
-        made = f"it was made for {self.meta['model']} ({self.meta['model_type']})"
-        got = {
-            "model type": layer.model_type or self.meta["model_type"],
-            "compressed layers": layer.layers,
-            "kv heads": layer.kv_heads,
-            "key dims per head": layer.head_dim,
-            "value dims per head": layer.value_dim,
-        }
-        names = ("model_type", "layers", "kv_heads", "head_dim", "head_dim")
-        for (what, theirs), name in zip(got.items(), names, strict=True):
-            if theirs != self.meta[name]:
-                raise ValueError(f"recalkv: {made}: {what} {self.meta[name]}, this model has {theirs}")
+        made = _artefact.made_for(self.meta)
+        more = ("kv heads", "kv_heads", layer.kv_heads), ("value dims per head", "head_dim", layer.value_dim)
+        _artefact.check_shape("recalkv", self.meta, layer, *more)
         if layer.rope is None:
             raise ValueError("recalkv: needs rotary positions in the half-split layout")
         if layer.heads.size > 1:
@@ -134,7 +109,4 @@ class Artefact:
         freq = layer.rope.inv_freq.cpu()
         if freq.shape != self.rope.shape or not torch.allclose(freq, self.rope, rtol=1e-3):
             raise ValueError(f"recalkv: {made}, whose rotary frequencies are not this model's")
-        if layer.sample is not None:
-            own = self.samples[layer.index]
-            if not torch.allclose(layer.sample.cpu(), own, rtol=0.02, atol=0.02 * float(own.abs().mean())):
-                raise ValueError(f"recalkv: {made}, whose key weights are not this model's")
+        _artefact.check_weights("recalkv", self.meta, self.samples, layer)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from calidrop.cache import layers_of
+from calidrop.methods._artefact import facts, key_samples
 from calidrop.methods._latents import Basis
-from calidrop.plugin import attention_modules, check_model, key_sample, using
+from calidrop.plugin import attention_modules, check_model, using
 from calidrop.rope import Rope
 
 Call = dict[str, Any]
@@ -35,7 +36,8 @@ class Run:
         self.whole = [i for i, (_, reach) in enumerate(described) if reach is None]
         if not self.whole:
             raise ValueError(f"recalkv: {name} has only layers that see a bounded window, which are not compressed")
-        layer = described[self.whole[0]][0]
+        self.layers = [described[i][0] for i in self.whole]
+        layer = self.layers[0]
         if layer.heads.size > 1:
             raise ValueError(f"recalkv: {name} is spread over {layer.heads.size} processes; train on one")
         if layer.rope is None:
@@ -75,15 +77,11 @@ class Run:
                     )
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "model_type": self.config.model_type, "layers": len(self.whole), "kv_heads": self.heads,
-            "head_dim": self.dim, "hidden": self.config.hidden_size, "scaling": self.scaling,
-        }  # fmt: skip
+        return facts(self.layers, self.config.hidden_size) | {"scaling": self.scaling}
 
     def samples(self) -> Tensor:
         """What tells this model's weights from others', fp32 [layers,64]."""
-        samples = [key_sample(self.attention[i]) for i in self.whole]
-        return torch.stack([x.cpu() if x is not None else torch.zeros(64) for x in samples])
+        return key_samples(self.layers)
 
     def projections(self, at: int) -> list[Any]:
         """k_proj and v_proj."""
