@@ -28,7 +28,7 @@ from calidrop.cache import layers_of
 from calidrop.methods._artefact import facts, key_samples
 from calidrop.methods.judge_q import Jury
 from calidrop.parts import check_choice, check_int, check_number
-from calidrop.plugin import using
+from calidrop.plugin import ATTENTION, using
 from calidrop.train._part import PartFile
 
 Progress = Callable[[str, int, int], None]
@@ -84,7 +84,7 @@ class Court:
     @torch.no_grad()
     def prefill(self, prompt: list[int]) -> tuple[Any, Tensor]:
         """The cache of a prompt and the logits after it."""
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(ATTENTION)  # a plain cache, with softcap and sinks where there are some
         cache: Any = DynamicCache(config=self.model.config)
         ids = torch.tensor([prompt], device=self.model.device)
         return cache, self.model(ids, **using(cache), logits_to_keep=1).logits[0, -1]
@@ -230,7 +230,7 @@ def _descend(
             with torch.enable_grad():
                 loss = court.loss(samples[i], rows, kind)
                 rows.grad += torch.autograd.grad(loss, rows)[0] / len(picked)
-            losses[(step * batch + at) // len(samples)] += float(loss) / len(samples)
+            losses[(step * batch + at) // len(samples)] += float(loss.detach()) / len(samples)
         adam.step()
         state["losses"], state["rows"] = losses, rows.detach().cpu().clone()
         state |= {moment: adam.state[rows][moment].cpu().clone() for moment in ("exp_avg", "exp_avg_sq")}
