@@ -204,9 +204,12 @@ def test_inputs_may_be_embeddings(llama):
     one, other = (calidrop.KVCache(llama, recipe(llama)) for _ in range(2))
     want = llama(inputs["input_ids"], **using(one)).logits
     assert worst(want, llama(inputs_embeds=embeds, **using(other)).logits) < 1e-5
-    one.compress()
-    other.compress()
-    assert all(torch.equal(a, b) for a, b in zip(held(one), held(other), strict=True))
+    bare = calidrop.KVCache(llama.model, recipe(llama))  # the decoder alone
+    hidden = llama.model(inputs["input_ids"], **using(bare)).last_hidden_state
+    assert worst(want, llama.lm_head(hidden)) < 1e-5
+    for cache in (one, other, bare):
+        cache.compress()
+        assert all(torch.equal(a, b) for a, b in zip(held(one), held(cache), strict=True))
 
 
 # ---- what is refused

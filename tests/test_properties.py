@@ -28,7 +28,8 @@ EVICTORS = [
     "expected_attention(budget=12, every=4)",
     "pyramidkv(budget=13, recent=5, every=4)",
     "adakv(budget=13, recent=5, every=4)",
-    "judge_q(budget=12, recent=3, file=SOFT)",
+    "judge_q(budget=12, file=SOFT)",
+    "judge_q(budget=13, recent=5, file=SOFT)+kvcrush",
     "h2o(budget=12, every=4)+kvcrush(share=0.4)",
     "adakv(budget=13, recent=5, every=4)+kvcrush(anchor='alternate')",
 ]

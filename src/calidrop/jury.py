@@ -39,31 +39,31 @@ def seat(model: Any, jury: Tensor) -> None:
 
 def _layers(kwargs: dict[str, Any]) -> list[LayerKV]:
     """Those of the cache in use, if it has a jury."""
-    cache = kwargs.get(CACHE)
+    cache = kwargs.get(CACHE, kwargs.get("past_key_values"))  # newer versions still take the old name
     layers: list[Any] = cache.layers if isinstance(cache, Cache) else []
     mine = all(isinstance(layer, LayerKV) for layer in layers)
     return layers if mine and any(layer.plan.jury is not None for layer in layers) else []
 
 
 def _append(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+    if args:
+        kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
     layers = _layers(kwargs)
     if not layers:
         return None
-    jury = next(layer.plan.jury for layer in layers if layer.plan.jury is not None)
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    ids, embeds, mask, positions = map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
     given: Any = ids if embeds is None else embeds
     B, T = given.shape[:2]
-    furthest = max(layers, key=lambda layer: layer.state.seen)  # those of other processes never fill
+    furthest = max(layers, key=lambda layer: layer.state.seen)
     prompt, ends = prefill(sys._getframe(1))
-    end = 0 if ends is False else furthest.prompt_part(T, prompt)
+    end = 0 if ends is False else furthest.prompt_part(T, prompt)  # of the new columns; proposals may follow
+    if end and mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(f"soft tokens need a padding mask [rows, columns], got {_kind(mask)}")
+    jury = next(layer.plan.jury for layer in layers if layer.plan.jury is not None)
     for layer in layers:
         layer.jurors = len(jury) if end else 0
     if not end:
         return None
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise ValueError(f"soft tokens need a padding mask [rows, columns], got {_kind(mask)}")
     if embeds is None:
         embeds = decoder.get_input_embeddings()(ids)
     if positions is None:
