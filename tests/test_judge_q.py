@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -449,3 +450,64 @@ def test_wrong_commands_are_told_before_any_work(args, why, tmp_path, monkeypatc
     assert result.exit_code == 2
     assert why in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ---- the real model, with the soft tokens shipped for it
+
+
+ALICE = Path(__file__).parent / "data" / "alice.txt"  # neither trained on nor tuned on
+
+
+@pytest.mark.slow
+def test_no_trace_in_the_real_model(smollm2):
+    model, tokenizer = smollm2
+    texts = [ALICE.read_text()[9000:9900], ALICE.read_text()[30000:31300]]
+    inputs = dict(tokenizer(texts, return_tensors="pt", padding=True))
+    tokens, logits = generate(model, inputs, calidrop.KVCache(model), new=8)
+    ours, other = generate(model, inputs, calidrop.KVCache(model, "judge_q(budget=1000)"), new=8)
+    assert worst(logits, other) < 2e-3
+    assert torch.equal(tokens, ours)
+    chunks = generate(model, inputs, calidrop.KVCache(model, "judge_q(budget=64)"), new=8, prefill_chunk_size=100)
+    whole = generate(model, inputs, calidrop.KVCache(model, "judge_q(budget=64)"), new=8)
+    assert torch.equal(chunks[0], whole[0])
+    assert worst(chunks[1], whole[1]) < 2e-3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_more_is_kept_of_what_the_response_attends_to(smollm2):
+    """Of the 64 tokens that the model's own response attends to most, per layer and kv head, on a book and with
+    instructions that training has not seen. SnapKV without its pooling too, which costs it hits."""
+    model, tokenizer = smollm2
+    calidrop.KVCache(model)
+    recipes = ["judge_q(budget=64)", "snapkv(budget=64)", "snapkv(budget=64, kernel=1)"]
+    court, rates = Court(model), []
+    for i, ask in enumerate(["What is this text about?", "What does Alice do here?", "Describe it as a picture."]):
+        prompt = chat(tokenizer, f"{ALICE.read_text()[30000 * i + 500 : 30000 * i + 2000]}\n\n{ask}")
+        with court.frozen():
+            sample, _ = court.sample(prompt, None, 24)
+        target = sample.target.float().unflatten(1, (3, 3)).mean(2).topk(64).indices.flatten(0, 1).tolist()
+        rates.append([])
+        for name in recipes:
+            cache = calidrop.KVCache(model, name, eager=True)
+            model(torch.tensor([prompt]), **using(cache), logits_to_keep=1)
+            ours = [set(head) for layer in cache.layers for head in positions(layer)[0]]
+            both = [len(a & set(b)) / 64 for a, b in zip(ours, target, strict=True)]
+            rates[-1].append(sum(both) / len(both))
+    assert all(judge > plain + 0.05 > snap + 0.05 for judge, snap, plain in rates), rates
+
+
+@pytest.mark.slow
+def test_quick_training_of_the_real_model(tmp_path):
+    """By the command, on little text."""
+    out = tmp_path / "quick.safetensors"
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "What is two plus two?"}\n')
+    command = ["train", "judge-q", "--out", str(out), "--tokens", "4", "--samples", "4", "--shortest", "24"]
+    command += ["--longest", "48", "--response", "6", "--epochs", "4", "--questions", str(asked), "--rate", "0.02"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    jury = Jury.load(str(out))
+    assert jury.rows.shape == (4, 576)
+    assert jury.meta["losses"][-1] < 0.8 * jury.meta["losses"][0]
+    assert jury.meta["command"].startswith("calidrop train judge-q --model smollm2 --tokens 4")
