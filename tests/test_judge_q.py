@@ -436,19 +436,11 @@ def test_what_the_file_tells(tmp_path):
     assert len(meta["losses"]) == 3
 
 
-@pytest.mark.parametrize(
-    ("args", "why"),
-    [
-        (["--out", "no/such/x.safetensors"], "in a folder that does not exist"),
-        (["--text", "no.txt"], "No such file or directory: no.txt"),
-        (["--questions", "no.jsonl"], "No such file or directory: no.jsonl"),
-    ],
-)
-def test_wrong_commands_are_told_before_any_work(args, why, tmp_path, monkeypatch):
+def test_missing_questions_are_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["train", "judge-q", *args])
+    result = CliRunner().invoke(app, ["train", "judge-q", "--questions", "no.jsonl"])
     assert result.exit_code == 2
-    assert why in result.stderr
+    assert "No such file or directory: no.jsonl" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -426,9 +426,10 @@ def test_what_the_file_tells(files):
         (["--text", "no.txt"], "No such file or directory: no.txt"),
     ],
 )
-def test_wrong_commands_are_told_before_any_work(args, why, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["recalkv", "judge-q"])
+def test_wrong_commands_are_told_before_any_work(what, args, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["train", "recalkv", *args])
+    result = CliRunner().invoke(app, ["train", what, *args])
     assert result.exit_code == 2
     assert why in result.stderr
     assert not list(tmp_path.iterdir())

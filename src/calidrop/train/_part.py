@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class PartFile:
     every: seconds between two writes; what came after the last one is done again."""
 
     def __init__(self, out: Path, settings: dict[str, Any], every: float):
-        self.file, self.settings, self.every = out.with_name(out.name + ".part"), settings, every
+        self.out, self.file, self.settings, self.every = out, out.with_name(out.name + ".part"), settings, every
         self.tensors: dict[str, Tensor] = {}
         self.done: dict[str, int] = {}
         self.written = time.monotonic()
@@ -51,7 +52,11 @@ class PartFile:
             os.replace(beside, self.file)
             self.written = time.monotonic()
 
-    def remove(self) -> None:
+    def finish(self, save: Callable[[Path], None]) -> None:
+        """Write the output, whole or not at all, and remove this file."""
+        beside = self.out.with_name(self.out.name + ".new")
+        save(beside)
+        beside.replace(self.out)
         for file in (self.file, self._new()):  # the latter where a run was killed as it wrote
             file.unlink(missing_ok=True)
 

@@ -177,10 +177,7 @@ def train(
         rows, losses = _descend(court, samples, n, epochs, batch, rate, loss, seed, part, tell)
     meta = settings | {"losses": [round(x, 6) for x in losses], "command": command, "version": __version__}
     jury = Jury(meta, rows.cpu(), weights)
-    beside = out.with_name(out.name + ".new")
-    jury.save(beside)
-    beside.replace(out)
-    part.remove()
+    part.finish(jury.save)
     return jury
 
 

@@ -81,10 +81,7 @@ def train(
     pairs = [ranks[i : i + 2] for i in range(0, len(ranks), 2)]
     meta = settings | {"ranks": pairs, "lost": lost, "command": command, "version": __version__}
     artefact = Artefact(meta, bases, run.rope, run.samples())
-    beside = out.with_name(out.name + ".new")
-    artefact.save(beside)
-    beside.replace(out)
-    part.remove()
+    part.finish(artefact.save)
     return artefact
 
 
