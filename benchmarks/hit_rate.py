@@ -26,8 +26,8 @@ from torch import Tensor
 import calidrop
 from calidrop import KVCache
 from calidrop.plugin import using
+from calidrop.train._court import Court
 from calidrop.train._prompts import chat
-from calidrop.train.judge_q import Court
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
 INSTRUCTIONS = (

@@ -20,8 +20,9 @@ from calidrop.methods._artefact import kind
 from calidrop.methods.judge_q import Jury
 from calidrop.plugin import PositionMask, using
 from calidrop.recipe import parse
+from calidrop.train._court import Court, distance
 from calidrop.train._prompts import chat, prompts, read_questions
-from calidrop.train.judge_q import Court, distance, train
+from calidrop.train.judge_q import Options, train
 from helpers import layer_of, live, positions, random_qkv
 from tiny import batch, generate, soft, tiny, worst
 
@@ -300,9 +301,10 @@ def questions(n: int = 4) -> list[list[int]]:
     return [torch.randint(3, 97, (30 + 5 * i,), generator=draw).tolist() for i in range(n)]
 
 
-def made(model, file, **options) -> Jury:
-    plain = {"n": 4, "response": 6, "epochs": 3, "name": "tiny", "every": 1e9}
-    return train(model, questions(), file, **{**plain, **options})
+def made(model, file, every: float = 1e9, progress=None, command: str = "", **options) -> Jury:
+    plain = {"tokens": 4, "response": 6, "epochs": 3}
+    settings = Options(**{**plain, **options})
+    return train(model, questions(), file, settings, name="tiny", every=every, progress=progress, command=command)
 
 
 @pytest.mark.parametrize("loss", ["mse", "kl"])
@@ -390,7 +392,7 @@ def test_models_that_cannot_be_trained(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"n": 0}, "tokens must be"), ({"loss": "l1"}, "loss must be one of"), ({"rate": -1.0}, "rate must be")],
+    [({"tokens": 0}, "tokens must be"), ({"loss": "l1"}, "loss must be one of"), ({"rate": -1.0}, "rate must be")],
 )
 def test_wrong_options(options, why, tmp_path):
     with pytest.raises(ValueError, match=why):

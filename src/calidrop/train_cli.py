@@ -59,7 +59,7 @@ def judge_q(
     shortest: Annotated[int, typer.Option(min=8, help="Tokens of the shortest passage.")] = 96,
     longest: Annotated[int, typer.Option(min=8, help="Tokens of the longest passage.")] = 768,
     response: Annotated[int, typer.Option(min=1, help="Tokens of each response, at most.")] = 48,
-    epochs: Annotated[int, typer.Option(min=1, help="Times each sample is seen.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Times each sample is seen.")] = 6,
     rate: Annotated[float, typer.Option(min=0.0, help="Adam's first learning rate.")] = 0.01,
     loss: Annotated[str, typer.Option(help="mse (the paper's) or kl.")] = "mse",
     seed: int = 0,
@@ -74,7 +74,9 @@ def judge_q(
 
     asked = read_questions(questions)
     lm, tokenizer = load_model(model, threads)
-    from calidrop.train.judge_q import train
+    from calidrop.train.judge_q import Options, train
+
+    options = Options(tokens, response, epochs, rate=rate, loss=loss, seed=seed)
 
     said = ["calidrop", "train", "judge-q", "--model", name, "--tokens", str(tokens), "--out", str(out)]
     said += [] if text is None else ["--text", str(text)]
@@ -82,9 +84,8 @@ def judge_q(
     said += ["--samples", str(samples), "--shortest", str(shortest), "--longest", str(longest)]
     said += ["--response", str(response), "--epochs", str(epochs), "--rate", str(rate), "--loss", loss]
     said += ["--seed", str(seed)]
-    options = {"response": response, "epochs": epochs, "rate": rate, "loss": loss, "seed": seed, "name": name}
     chats = prompts(tokenizer, words, asked, samples, shortest, longest, seed)
     with bars("training", remaining=True) as tick:
-        made = train(lm, chats, out, tokens, progress=tick, command=shlex.join(said), **options)
+        made = train(lm, chats, out, options, name=name, command=shlex.join(said), progress=tick)
     first, last = made.meta["losses"][0], made.meta["losses"][-1]
     stdout().print(f"{out}: {tokens} soft tokens, loss {first:.4f} in the first epoch, {last:.4f} in the last")
