@@ -129,14 +129,14 @@ def _run(model: nn.Module, cache: Cache, ids: Tensor, context: int, progress: Pr
     """ids: [1, context + n + 1]; the last one is only predicted."""
     n = ids.shape[1] - context - 1
     with prefill_progress(model, cache, n, progress):
-        start = _now(ids)
+        start = now(ids)
         model(ids[:, :context], **using(cache), use_cache=True, logits_to_keep=1)
-        prefill_s = _now(ids) - start
+        prefill_s = now(ids) - start
     logits, seconds = [], []
     for i in range(n):
-        start = _now(ids)
+        start = now(ids)
         out = model(ids[:, context + i : context + i + 1], **using(cache), use_cache=True)
-        seconds.append(_now(ids) - start)
+        seconds.append(now(ids) - start)
         logits.append(out.logits[0, -1].float().cpu())
         if progress:
             progress(_name(cache), len(cache.layers) + i + 1, len(cache.layers) + n)
@@ -164,7 +164,8 @@ def _measured(cache: Cache) -> dict[str, Any]:
     }
 
 
-def _now(like: Tensor) -> float:
+def now(like: Tensor) -> float:
+    """Seconds, once all work on the device of `like` is done."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
     return time.perf_counter()

@@ -8,7 +8,7 @@ someone asks for the size. Until then it may still grow, and compressing early w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,17 +136,9 @@ class LayerKV(CacheLayerMixin):
         """q: [B,Hq,T,D] -> [B,Hq,T,Dv]. sink: a learned logit per query head that has no value (gpt-oss), [Hq]."""
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
-        B, H, T, _ = k.shape
-        T -= self.jurors
-        if self.state.context is None:
-            self.state.context = torch.zeros(B, dtype=torch.long, device=k.device)
-            self.column_bytes = (k[:, :, :1].nbytes + v[:, :, :1].nbytes) // B
-            self.is_initialized = True
-        elif len(self.state.context) != B:
-            raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
-        pos = mask.positions(B, self.state.seen, T, k.device)
-        new = Tokens(k[:, :, :T], v[:, :, :T], pos[:, None].expand(B, H, T), dense=not mask.new_pads)
-        qs = Queries(q[:, :, :T], pos, scale, softcap, mask.visible)
+        T = k.shape[2] - self.jurors
+        qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
+        self._expect(new)
         jury = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
         prompt = self.prompt_part(T, mask.prompt)
         self.record_past = self.record_past and not mask.prompt  # plain decoding goes on with the cache
@@ -166,6 +158,23 @@ class LayerKV(CacheLayerMixin):
             return min(max(0, self.prompt_end - self.state.seen), new)
         return 0 if new == 1 and self.state.seen and not prompt else new
 
+    def learn(self, qs: Queries, new: Tokens, lse: Tensor) -> None:
+        """A first prompt that something else attended exactly (`tee`): what the layer would hold had it done so."""
+        assert not self.state.seen
+        self._expect(new)
+        self.state.window.append(new)
+        self._prompted(qs, lse)
+        self.settle()
+
+    def _expect(self, new: Tokens) -> None:
+        B = new.k.shape[0]
+        if self.state.context is None:
+            self.state.context = torch.zeros(B, dtype=torch.long, device=new.k.device)
+            self.column_bytes = (new.k[:, :, :1].nbytes + new.v[:, :, :1].nbytes) // B
+            self.is_initialized = True
+        elif len(self.state.context) != B:
+            raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
+
     def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, jury: QKV) -> Tensor:
         """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
         would have had there. Forks share their tensors, so keeping them all costs nothing."""
@@ -184,7 +193,8 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
-        o = self._finish(qs, [*parts, ops.piece(s.window.tokens())], sink)
+        o, lse = answer(qs, [*parts, ops.piece(s.window.tokens())], sink)
+        self._saw(qs, lse)
         s.steps += 1
         if self.plan.every and s.steps % self.plan.every == 0:
             self.flush()
@@ -203,15 +213,21 @@ class LayerKV(CacheLayerMixin):
                 parts.append(ops.attend(qs, s.window.tokens()))
             parts.append(ops.prompt(qs, new, self.reach))
             s.window.append(new)
+        o, lse = answer(qs, parts, sink)
+        self._prompted(qs, lse)
+        return torch.cat([o, self._heard(qs, jury, sink)], 2) if self.jurors else o
+
+    def _prompted(self, qs: Queries, lse: Tensor) -> None:
+        """Count what a prompt brought; its tokens are in the window already."""
+        s = self.state
         assert s.context is not None
         real = qs.pos >= 0
         first = torch.where(real.any(1), real.int().argmax(1), len(qs))
         s.start = torch.where(s.context == 0, s.seen + first, s.start if s.start is not None else 0)
         s.context = s.context + s.steps + real.sum(1)
         s.steps, s.due = 0, s.store is not None and self.plan.prompts
-        o = self._finish(qs, parts, sink)
+        self._saw(qs, lse)
         self._trim(slack=0)
-        return torch.cat([o, self._heard(qs, jury, sink)], 2) if self.jurors else o
 
     def _heard(self, qs: Queries, jury: QKV, sink: Tensor | None) -> Tensor:
         """What the jury's n soft tokens [B,heads,n,D] answer, which stand right after the prompt whose queries are
@@ -222,19 +238,18 @@ class LayerKV(CacheLayerMixin):
         soft = replace(qs, q=q, pos=pos)
         parts: list[Partial | Piece] = []
         if s.store is not None:
-            asked: Store = s.store.fork()  # type: ignore[assignment]  what a store notes as it answers is not for them
-            parts += asked.attend(soft)
+            aside: Store = s.store.fork()  # type: ignore[assignment]  what a store notes as it answers is not for them
+            parts += aside.attend(soft)
         parts += [ops.attend(soft, s.window.tokens()), ops.prompt(soft, own, self.reach)]
-        o, lse = _with_sink(*ops.joined(soft, parts), sink)
+        o, lse = answer(soft, parts, sink)
         if s.obs is not None:
             assert s.context is not None and s.start is not None
             s.obs = replace(s.obs, jury=Observation(soft, lse, s.context, s.start).copied())
-        return o.to(q.dtype)
+        return o
 
-    def _finish(self, qs: Queries, parts: list[Partial | Piece], sink: Tensor | None) -> Tensor:
+    def _saw(self, qs: Queries, lse: Tensor) -> None:
         s = self.state
         s.seen += len(qs)
-        o, lse = _with_sink(*ops.joined(qs, parts), sink)
         if s.store is not None:
             assert s.context is not None and s.start is not None
             step = Observation(qs, lse, s.context, s.start)
@@ -244,7 +259,6 @@ class LayerKV(CacheLayerMixin):
             if s.due or self.plan.every:  # otherwise nothing will ask before the next prompt
                 width = self.plan.observe
                 s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()
-        return o.to(qs.q.dtype)
 
     def _trim(self, slack: int | None = None) -> None:
         """A bounded layer forgets what no later query can see; while decoding, only now and then (each cut copies)."""
@@ -280,9 +294,20 @@ class LayerKV(CacheLayerMixin):
         return f"{kind} {len(s.window)}{store}"
 
 
-def _with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> Partial:
-    """Joined with a logit per query head that is a token without a value."""
-    if sink is None:
-        return o, lse
-    logit = sink.float()[:, None]
-    return o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
+def asked(
+    q: Tensor, k: Tensor, v: Tensor, mask: PositionMask, seen: int, scale: float, softcap: float | None
+) -> tuple[Queries, Tokens]:
+    """What one call of the attention function brings, behind `seen` columns. q: [B,Hq,T,D], k and v: [B,H,T,D]."""
+    B, H, T, _ = k.shape
+    pos = mask.positions(B, seen, T, k.device)
+    new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
+    return Queries(q, pos, scale, softcap, mask.visible), new
+
+
+def answer(qs: Queries, parts: Sequence[Partial | Piece], sink: Tensor | None) -> Partial:
+    """The parts joined, with the sink as a token without a value; o in the dtype of the queries."""
+    o, lse = ops.joined(qs, parts)
+    if sink is not None:
+        logit = sink.float()[:, None]
+        o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
+    return o.to(qs.q.dtype), lse

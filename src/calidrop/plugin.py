@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +23,26 @@ from transformers.masking_utils import causal_mask_function
 from calidrop import attention as oracle
 from calidrop.rope import Rope
 
-if TYPE_CHECKING:
-    from calidrop.layer import LayerKV
-
 ATTENTION = "calidrop"
 _TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
 
-class Handle:
-    """What `LayerKV.update` returns in place of keys and values."""
+class Attending(Protocol):
+    """A layer of a cache that answers the model's queries itself."""
 
-    def __init__(self, layer: LayerKV):
+    config: weakref.ref | None
+    pending: tuple[Tensor, Tensor] | None
+
+    def attend(
+        self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None
+    ) -> Tensor: ...
+
+
+class Handle:
+    """What such a layer's `update` returns in place of keys and values."""
+
+    def __init__(self, layer: Attending):
         self.layer = layer
 
     def __getattr__(self, name: str) -> Any:

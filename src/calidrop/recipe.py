@@ -51,6 +51,12 @@ class Recipe:
     def part(self, kind: type) -> Any:
         return next((p for p in self.parts if isinstance(p, kind)), None)
 
+    @property
+    def alone(self) -> bool:
+        """Whether it changes how a prompt is run, so that no other recipe can share the pass (`tee`)."""
+        select = self.part(Selector)
+        return select is not None and select.jury is not None
+
     def __add__(self, other: Part | Recipe | str) -> Recipe:
         return Recipe((*self.parts, *_read(other).parts))
 
