@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tiny import batch, tiny, worst
 
 from calidrop import ops
 from calidrop.cache import KVCache
@@ -9,6 +8,7 @@ from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.state import tensors
 from calidrop.tee import prefill
+from tiny import batch, tiny, worst
 
 RECIPES = [
     "full",
