@@ -75,6 +75,11 @@ class KVCache(Cache):
         for layer in self._mine:
             layer.activate_past_recording(end)
 
+    def deactivate_past_recording(self) -> None:
+        """The end of it: nothing recorded can be undone any more."""
+        for layer in self._mine:
+            layer.record_past, layer.undo = False, []
+
     def compress(self) -> None:
         """Compress a prompt that is waiting now instead of at the next generated token."""
         for layer in self._mine:

@@ -196,20 +196,32 @@ def prefill_progress(model: nn.Module, cache: Cache, steps: int, progress: Progr
 
 def _row(run: _Run, full: _Run, targets: list[int]) -> Row:
     """targets: the true token after each of the logits."""
-    kl, agree, nll, nll_full = [], [], [], []
-    for theirs, own, target in zip(full.logits, run.logits, targets, strict=True):
-        # fp64, since the log-sum-exp of a large vocabulary in fp32 is off by more than the KL of a good recipe
-        p, q = theirs.double().log_softmax(-1), own.double().log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum().clamp(min=0.0))
-        agree.append(float(theirs.argmax() == own.argmax()))
-        nll.append(-float(q[target]))
-        nll_full.append(-float(p[target]))
-    n, divergence = len(targets), torch.stack(kl)
+    theirs, own = torch.stack(full.logits), torch.stack(run.logits)
     return Row(
-        kl=float(divergence.mean()),
-        kl_p95=float(divergence.quantile(0.95)),
-        agreement=sum(agree) / n,
-        nll=sum(nll) / n,
-        nll_full=sum(nll_full) / n,
+        **divergence(theirs, own),
+        nll=float(nll(own, targets).mean()),
+        nll_full=float(nll(theirs, targets).mean()),
         **run.measured,
     )
+
+
+# Row by row and in fp64, since the log-sum-exp of a large vocabulary in fp32 is off by more than the KL of a good
+# recipe.
+
+
+def divergence(theirs: Tensor, own: Tensor) -> dict[str, float]:
+    """kl, kl_p95 and agreement as in `Row`, of logits [n,vocabulary]."""
+    each = torch.stack(
+        [_kl(p.double().log_softmax(-1), q.double().log_softmax(-1)) for p, q in zip(theirs, own, strict=True)]
+    )
+    agree = (theirs.argmax(-1) == own.argmax(-1)).double().mean()
+    return {"kl": float(each.mean()), "kl_p95": float(each.quantile(0.95)), "agreement": float(agree)}
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum().clamp(min=0.0)
+
+
+def nll(logits: Tensor, targets: list[int]) -> Tensor:
+    """fp64 [n], in nats, of logits [n,vocabulary] that predict the targets."""
+    return -torch.stack([row.double().log_softmax(-1)[t] for row, t in zip(logits, targets, strict=True)])

@@ -111,7 +111,8 @@ def _of_ruler(row: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"a file of RULER's own format must be named after its task, got {path.name}")
     return {
         "context": row["input"], "question": "", "answer_prefix": row.get("answer_prefix", ""),
-        "answer": row["outputs"], "max_new_tokens": 128, "task": named[0], "length": row["length"], "index": row["index"],
+        "answer": row["outputs"], "max_new_tokens": 128, "task": named[0], "length": row["length"],
+        "index": row["index"],
     }  # fmt: skip
 
 
