@@ -7,10 +7,10 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 import torch
@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+T = TypeVar("T")
 _FORMAT = 1  # part of the cache key: raise it when _convert writes something else
 _MANIFEST = "calidrop.json"  # file sizes, written last
 _SAMPLING = ["temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"]
@@ -63,16 +64,26 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = {"distributed_config": distributed_config} if distributed_config else {"device_map": {"": device}}
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return _found(name, lambda source: _read(source, dtype, where))
+
+
+def peek(name: str | None = None) -> tuple[Any, Any]:
+    """`(config, tokenizer)` of what `load` would give, without the weights. Raises ModelNotFound as `load` does."""
+    return _found(name, lambda source: (AutoConfig.from_pretrained(source), _tokenizer_of(source)))
+
+
+def _found(name: str | None, read: Callable[[str | Path], T]) -> T:
+    """What `read` makes of the folder or hub id that is meant."""
     if name is None or name == "smollm2":
         with _no_progress_bars():
-            return _read(_embedded(), dtype, where)
+            return read(_embedded())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"no model in the folder {name!r}: it has no config.json; give a checkpoint's folder")
-        return _read(folder, dtype, where)
+        return read(folder)
     try:
-        return _read(name, dtype, where)
+        return read(name)
     except OSError as error:
         if reason := _why_absent(error):
             raise ModelNotFound(
@@ -85,10 +96,7 @@ def load(
 def _read(source: str | Path, dtype: str | torch.dtype, where: dict[str, Any]) -> tuple[Any, Any]:
     # The model comes first: its errors say what is missing, the tokenizer's guess.
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer_of(source)
     # Left in place, each of these makes generate(do_sample=False) warn.
     config = model.generation_config
     config.do_sample = False
@@ -97,6 +105,14 @@ def _read(source: str | Path, dtype: str | torch.dtype, where: dict[str, Any]) -
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _tokenizer_of(source: str | Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _why_absent(error: BaseException | None) -> str | None:
