@@ -91,10 +91,10 @@ def evaluate(
 ) -> None:
     """Measure recipes on tasks: score, nll, KL, bytes and speed. A run that was stopped goes on where it was.
 
-    A recipe is like 'snapkv(budget=256)+calidrop', or another library's cache like transformers:DynamicCache. A question
-    that is `seen` is part of the compressed prompt; `later`, it is asked of the compressed cache. Files of samples have
-    the columns context, question, answer_prefix, answer, max_new_tokens, task (RULER, LongBench, LooGLE), one JSON
-    object per line.
+    A recipe is like 'snapkv(budget=256)+calidrop', or another library's cache like transformers:DynamicCache. A
+    question that is `seen` is part of the compressed prompt; `later`, it is asked of the compressed cache. Files of
+    samples have the columns context, question, answer_prefix, answer, max_new_tokens, task (RULER, LongBench, LooGLE),
+    one JSON object per line.
     """
     if list_:
         return print_tasks(stdout())

@@ -17,8 +17,8 @@ LOCAL = "local"
 @contextmanager
 def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Workers]:
     """address: "local" starts Ray on this machine; "auto" or HOST:PORT joins one that runs. n: workers; None: as many
-    as there is room for. cpus, gpus: what each takes, a fraction of a GPU if several are to share one. Raises ValueError
-    where Ray is missing or not reachable, or has no room for a worker."""
+    as there is room for. cpus, gpus: what each takes, a fraction of a GPU if several are to share one. Raises
+    ValueError where Ray is missing or not reachable, or has no room for a worker."""
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:

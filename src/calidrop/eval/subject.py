@@ -33,7 +33,7 @@ class Subject(ABC):
 
     @abstractmethod
     def saved(self) -> Any:
-        """For `restore`. Of the cache and what was saved, only one may go on growing."""
+        """For `restore`, any number of times."""
 
     @abstractmethod
     def restore(self, saved: Any) -> None: ...
@@ -66,7 +66,7 @@ class Ours(Subject):
 
     def restore(self, saved: Any) -> None:
         for layer, state in zip(self.cache._mine, saved, strict=True):
-            layer.state = state
+            layer.state = state.fork()  # writes behind what was saved, over what the last one wrote
 
     def feed(self, ids: Tensor) -> Tensor:
         """Recorded as in assisted decoding: one pass, yet every token a step of its own."""
@@ -95,7 +95,7 @@ class Peer(Subject):
         return copy.deepcopy(self.cache)
 
     def restore(self, saved: Any) -> None:
-        self.cache = saved
+        self.cache = copy.deepcopy(saved)
 
     def feed(self, ids: Tensor) -> Tensor:
         return torch.stack([self.step(int(token)) for token in ids])
