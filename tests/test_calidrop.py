@@ -194,7 +194,7 @@ def test_recompute_streams_in_chunks(monkeypatch):
     store.add(t, observed(torch.randn(2, 6, 1, D)))
     pieces = list(store.log.fetch(torch.ones(2, 2, dtype=torch.bool)))
     assert len(pieces) > 10
-    assert max(p.k.nbytes + p.v.nbytes for p in pieces) <= 4096
+    assert max(p.data["k"].nbytes + p.data["v"].nbytes for p in pieces) <= 4096
     store.attend(Queries(q, torch.full((2, 1), 500), D**-0.5))
     torch.testing.assert_close(store.answer.o, whole.o, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(store.answer.lse, whole.lse, atol=1e-5, rtol=1e-4)
@@ -255,7 +255,7 @@ def test_summary_follows_decode_time_eviction():
     twin, _ = outputs("h2o(budget=40, every=4)+calidrop(recompute=2)", (q, *qkv[1:]), 60)
     qs = Queries(q[:, :, -1:], torch.full((2, 1), 500), D**-0.5)
     _, lse = kv.state.store.rest.attend(qs)[0]
-    _, want = merge([attend(qs, t.k, t.v, t.pos) for t in twin.state.store.rest.log.tokens()])
+    _, want = merge([attend(qs, t.k, t.v, t.pos) for t in twin.state.store.rest.tokens()])
     assert (lse - want).abs().mean() < 0.35
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,20 @@ from calidrop.store import Exact, Store, count
 from calidrop.tokens import Tokens
 
 CODES = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
+
+
+def whole_units(waiting: Exact, t: Tokens, size: int, obs: Observation) -> tuple[Tokens, Tensor]:
+    """What waits, followed by `t`, cut into units of `size` tokens, each (row, head) from its first token on; what does
+    not fill one waits (again). -> tokens [B,H,units*size], bool [B,H,units]: which units there are."""
+    t = Tokens.cat([*waiting.open(), t])
+    t = t.select(t.valid)
+    whole = t.valid.sum(-1) // size  # [B,H] full units
+    most = int(whole.max())
+    late = torch.arange(len(t), device=t.pos.device) >= (whole * size)[..., None]
+    if bool((late & t.valid).any()):
+        waiting.add(t.select(late), obs)
+    t.pos, t.dense = t.pos.masked_fill(late, -1), False
+    return t.slice(0, most * size), torch.arange(most, device=t.pos.device) < whole[..., None]
 
 
 class Coded(Store):
@@ -72,21 +87,13 @@ class Coded(Store):
     def add(self, t: Tokens, obs: Observation) -> None:
         self.dtype = t.k.dtype
         self.arrive(t)
-        t = Tokens.cat([*self.waiting.open(), t])
-        t = t.select(t.valid)
-        whole = t.valid.sum(-1) // self.group  # [B,H] full units
-        most = int(whole.max())
-        column = torch.arange(len(t), device=t.pos.device)
-        late = column >= (whole * self.group)[..., None]
-        if bool((late & t.valid).any()):
-            self.waiting.add(t.select(late), obs)
+        t, full = whole_units(self.waiting, t, self.group, obs)
+        most = full.shape[2]
         if most == 0:
             return
-        t.pos, t.dense = t.pos.masked_fill(late, -1), False
-        t = self.prepare(t.slice(0, most * self.group), obs)
+        t = self.prepare(t, obs)
         units = {n: x.unflatten(2, (most, self.group)) for n, x in t.columns().items()}
         data = self.encode(units.pop("k"), units.pop("v")) | units
-        full = torch.arange(most, device=t.pos.device) < whole[..., None]
         self.held = Ragged(data, full) if self.held is None else self.held.append(data, full)
 
     def _units(self) -> Tokens | None:
@@ -140,6 +147,19 @@ class Coded(Store):
         out = self._restored() + [t for store in self._exact() for t in store.open()]
         self.held = None
         return out
+
+    @property
+    def unit(self) -> int:
+        return self.group
+
+    def leave(self) -> Ragged | None:
+        held, self.held = self.held, None
+        return held
+
+    def reader(self, units: Ragged | None) -> Store:
+        new = copy.copy(self)
+        new.waiting, new.beside, new.held = Exact(), [], units
+        return new
 
     def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
         for t in self._restored():

@@ -1,80 +1,166 @@
-"""Evicted tokens in host memory: appended to, read back in chunks, only for the heads that ask."""
+"""What a layer keeps in host memory: columns per (row, head), appended to and read back whole, by head, or by index.
+
+`calidrop` asks all evicted tokens of a head again, `attention_predictor` fetches the blocks it expects to matter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from calidrop.state import Host, Ragged
-from calidrop.tokens import Tokens
+from calidrop.state import Host, Ragged, State, tensors
 
 CHUNK_BYTES = 16 << 20  # what one fetch brings to the device at once
 
+Columns = dict[str, Tensor]
+
+
+@dataclass
+class Chunk:
+    """A rectangular piece of a log, on the device: columns [B,H,n,...], which slots are real (None: all), and the place
+    of its first slot in the list of each (row, head), int64 [B,H]."""
+
+    data: Columns
+    valid: Tensor | None
+    first: Tensor
+
+    @property
+    def keep(self) -> Tensor:
+        x = next(iter(self.data.values()))
+        return x.new_ones(x.shape[:3], dtype=torch.bool) if self.valid is None else self.valid
+
 
 class HostLog(Host):
-    """An append-only log of tokens on the host. `segments` stay few: two of similar size are joined, so a token is
-    copied O(log N) times however often decode-time eviction appends.
+    """An append-only log of named columns on the host; its (row, head) lists may differ in length. `segments` stay few:
+    two of similar size are joined, so a slot is copied O(log N) times however often decoding appends. Beside a GPU they
+    are in pinned memory.
     """
 
     def __init__(self) -> None:
         self.segments: list[Ragged] = []
         self.device = torch.device("cpu")
 
-    def append(self, t: Tokens) -> None:
-        self.device = t.k.device
-        pin = self.device.type == "cuda"
-        host = {n: x.to("cpu") for n, x in {"k": t.k, "v": t.v, "pos": t.pos}.items()}
-        self.segments.append(Ragged(host, t.valid.to("cpu")))
+    def append(self, data: Columns, keep: Tensor) -> None:
+        """data: name -> [B,H,N,...] on the device; keep: bool [B,H,N]. Takes the marked slots, in order."""
+        self.device = keep.device
+        self.segments.append(Ragged({n: x.to("cpu") for n, x in data.items()}, keep.to("cpu")))
         while len(self.segments) > 1 and self.segments[-2].longest <= 2 * self.segments[-1].longest:
             last = self.segments.pop()
             data, valid = last.padded()
-            keep = valid if valid is not None else torch.ones(data["pos"].shape, dtype=torch.bool)
-            self.segments[-1] = self.segments[-1].append(data, keep)
-        if pin:
+            if valid is None:
+                valid = torch.ones(*last.lens.shape, last.longest, dtype=torch.bool)
+            self.segments[-1] = self.segments[-1].append(data, valid)
+        if self.device.type == "cuda":
             self.segments[-1].data = {n: x.pin_memory() for n, x in self.segments[-1].data.items()}
 
-    def tokens(self) -> list[Tokens]:
-        """Everything at once, on the device it came from: for tests."""
-        return [self._on_device(t) for t in self._segments()]
+    @property
+    def lens(self) -> Tensor:
+        """int64 [B,H], how much each list holds; on the host."""
+        return torch.stack([s.lens for s in self.segments]).sum(0)
 
-    def chunks(self) -> Iterator[Tokens]:
-        """Everything in pieces of about CHUNK_BYTES, on the device: for a block of queries that asks all heads."""
-        for t in self._segments():
-            step = max(1, CHUNK_BYTES * len(t) // max(1, t.k.nbytes + t.v.nbytes))
-            for start in range(0, len(t), step):
-                yield self._on_device(t.slice(start, start + step))
+    def chunks(self, whole: bool = False) -> Iterator[Chunk]:
+        """Everything, in pieces of about CHUNK_BYTES, or `whole` segments at once."""
+        before = 0
+        for s in self.segments:
+            if s.longest:
+                data, valid = s.padded()
+                slot = sum(x.nbytes for x in data.values()) / s.longest
+                step = s.longest if whole else max(1, int(CHUNK_BYTES / max(1, slot)))
+                for i in range(0, s.longest, step):
+                    piece = {n: self._to_device(x[:, :, i : i + step]) for n, x in data.items()}
+                    there = None if valid is None else valid[:, :, i : i + step].to(self.device)
+                    yield Chunk(piece, there, (s.lens * 0 + before + i).to(self.device))
+            before = before + s.lens
 
-    def _segments(self) -> list[Tokens]:
-        return [Tokens.from_columns(*s.padded()) for s in self.segments if s.longest]
+    def fetch(self, asked: Tensor) -> Iterator[Chunk]:
+        """Chunks of the lists of the (row, head) pairs marked in `asked` (bool [B,H]).
 
-    def _on_device(self, t: Tokens) -> Tokens:
-        k, v, pos = (x.to(self.device, non_blocking=True) for x in (t.k, t.v, t.pos))
-        return Tokens(k, v, pos, {}, t.dense)
-
-    def fetch(self, asked: Tensor) -> Iterator[Tokens]:
-        """Chunks of the tokens of the (row, kv head) pairs marked in `asked` (bool [B,H]), on the device.
-
-        A chunk has the pairs as its batch, in `nonzero` order, and one head: k [P,1,n,D]."""
+        A chunk has the pairs as its batch, in `nonzero` order, and one head: [P,1,n,...]."""
         pairs = asked.flatten().nonzero().flatten().cpu()
-        for segment in self.segments:
-            k = segment.data["k"]
-            per_token = len(pairs) * (k.shape[-1] + segment.data["v"].shape[-1]) * k.element_size()
-            step = max(1, CHUNK_BYTES // max(1, per_token))
-            longest = int(segment.lens.flatten()[pairs].max())
+        for s in self.segments:
+            slot = len(pairs) * sum(_width(s, x) for x in s.data.values())
+            step = max(1, CHUNK_BYTES // max(1, slot))
+            longest = int(s.lens.flatten()[pairs].max())
             for start in range(0, longest, step):
-                yield self._read(segment, pairs, start, min(start + step, longest))
+                yield self._read(s, pairs, start, min(start + step, longest))
 
-    def _read(self, segment: Ragged, pairs: Tensor, start: int, stop: int) -> Tokens:
-        if segment.uniform:
-            cut = {n: x.flatten(0, 1)[:, start:stop].index_select(0, pairs) for n, x in segment.data.items()}
+    def _read(self, s: Ragged, pairs: Tensor, start: int, stop: int) -> Chunk:
+        there, first = None, torch.full((len(pairs), 1), start, device=self.device)
+        if s.uniform:
+            cut = {n: x.flatten(0, 1)[:, start:stop].index_select(0, pairs) for n, x in s.data.items()}
         else:
-            lens = segment.lens.flatten()
             at = torch.arange(start, stop)
-            there = at < lens[pairs, None]
-            index = ((lens.cumsum(0) - lens)[pairs, None] + at).masked_fill(~there, 0)
-            cut = {n: x[index] for n, x in segment.data.items()}
-            cut["pos"] = cut["pos"].masked_fill(~there, -1)
-        k, v, pos = (cut[n][:, None].to(self.device, non_blocking=True) for n in ("k", "v", "pos"))
-        return Tokens(k, v, pos, {}, dense=segment.uniform)
+            there = at < s.lens.flatten()[pairs, None]
+            index = (_starts(s).flatten()[pairs, None] + at).masked_fill(~there, 0)
+            cut = {n: x[index] for n, x in s.data.items()}
+            there = there[:, None].to(self.device)
+        return Chunk({n: self._to_device(x[:, None]) for n, x in cut.items()}, there, first)
+
+    def take(self, index: Tensor) -> tuple[Columns, Arrival]:
+        """The slots at `index` (int64 [B,H,n] into each list; -1: none, what comes there is not to be used).
+
+        Beside a GPU the copy runs on a stream of its own: the columns may be used after `Arrival.wait`."""
+        index, out, pin = index.cpu(), {}, self.device.type == "cuda"
+        before = torch.zeros(index.shape[:2], dtype=torch.long)
+        for s in self.segments:
+            at = index - before[..., None]
+            mine = (at >= 0) & (at < s.lens[..., None])
+            rows = (_starts(s)[..., None] + at)[mine]
+            for n, x in s.data.items():
+                x = x.flatten(0, 2) if s.uniform else x
+                if n not in out:
+                    out[n] = torch.zeros(
+                        *index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=self.device.type == "cuda"
+                    )
+                out[n][mine] = x.index_select(0, rows)
+            before = before + s.lens
+        if not pin:
+            return out, Arrival()
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            out = {n: self._to_device(x) for n, x in out.items()}
+            event = torch.cuda.Event()
+            event.record(stream)
+        return out, Arrival(event)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+
+class Arrival:
+    """A copy that may still be under way on another stream; without an event it is there. Written for CUDA and not run
+    there yet: on a CPU nothing is ever under way."""
+
+    def __init__(self, event: Any = None):
+        self.event = event
+
+    def wait(self, held: State) -> None:
+        """Let the current stream wait for it before anything that follows reads the tensors of `held`."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.event)
+            for x in tensors(held):
+                x.record_stream(stream)  # else their memory could be given to others while they are read
+            self.event = None
+
+    def __deepcopy__(self, memo: dict) -> Arrival:
+        if self.event is not None:
+            self.event.synchronize()
+        return Arrival()
+
+
+def _starts(s: Ragged) -> Tensor:
+    """int64 [B,H], where each list begins in the flattened columns."""
+    if s.uniform:
+        return torch.arange(s.lens.numel()).view_as(s.lens) * s.longest
+    flat = s.lens.flatten()
+    return (flat.cumsum(0) - flat).view_as(s.lens)
+
+
+def _width(s: Ragged, x: Tensor) -> int:
+    """Bytes of one slot of a column."""
+    return x.nbytes // max(1, x.shape[: 3 if s.uniform else 1].numel())

@@ -80,6 +80,19 @@ class Store(State, ABC):
     def observe(self, step: Observation) -> None:
         """Per-step statistics; most stores keep none."""
 
+    @property
+    def unit(self) -> int:
+        """How many consecutive tokens can leave (`leave`) and be answered for elsewhere (`reader`); 0: none can."""
+        return 0
+
+    def leave(self) -> Ragged | None:
+        """Take out all whole units as they are stored, a slot per unit; what is not part of one stays."""
+        raise NotImplementedError
+
+    def reader(self, units: Ragged | None) -> Store:
+        """A store of these units alone, which reads them by what this one knows."""
+        raise NotImplementedError
+
     def trackers(self) -> list[Score]:
         """Scores that want `stats` called on the tokens in front of this store too."""
         return []
@@ -119,6 +132,19 @@ class Exact(Store):
         held = self.tokens()
         self.held = None
         return held
+
+    @property
+    def unit(self) -> int:
+        return 1
+
+    def leave(self) -> Ragged | None:
+        held, self.held = self.held, None
+        return held
+
+    def reader(self, units: Ragged | None) -> Store:
+        new = Exact()
+        new.held = units
+        return new
 
     def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
         for t in self.tokens():

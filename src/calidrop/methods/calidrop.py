@@ -7,7 +7,7 @@ from calidrop import ops
 from calidrop.attention import Partial, Queries, finite, logits, merge
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
-from calidrop.offload import HostLog
+from calidrop.offload import Chunk, HostLog
 from calidrop.ops.piece import Piece
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
@@ -63,7 +63,7 @@ class Calibrated(Store):
     def add(self, t: Tokens, obs: Observation) -> None:
         self.value_dim = t.v.shape[-1]
         if self.log is not None:
-            self.log.append(t)
+            self.log.append({"k": t.k, "v": t.v, "pos": t.pos}, t.valid)
         if self.summary is not None:
             self.summary.add(t, obs)
             if self.log is None:
@@ -102,7 +102,7 @@ class Calibrated(Store):
         if self.summary is not None and summarised:
             return [self.summary.attend(qs)]
         if self.log is not None and exact:
-            return [merge([ops.attend(qs, t) for t in self.log.chunks()])]
+            return [merge([ops.attend(qs, _tokens(chunk)) for chunk in self.log.chunks()])]
         assert near is not None and self.q is not None and self.answer is not None
         if self.log is not None:
             remembers = self.answer.lse > float("-inf")
@@ -148,8 +148,8 @@ class Calibrated(Store):
         q = qs.q[:, :, 0].view(B, H, group, D)[pairs]  # [P,G,D]
         sub = Queries(q[:, :, None], qs.pos[rows], qs.scale, qs.softcap)
         answer = None
-        for t in self.log.fetch(pairs):
-            part = Answer.of(sub, t)
+        for chunk in self.log.fetch(pairs):
+            part = Answer.of(sub, _tokens(chunk))
             answer = part if answer is None else answer.joined(part)
         assert answer is not None
         old = self.answer or Answer(
@@ -174,7 +174,7 @@ class Calibrated(Store):
     # ---- the rest of a store
 
     def tokens(self) -> list[Tokens]:
-        return self.log.tokens() if self.log is not None else []
+        return [_tokens(chunk) for chunk in self.log.chunks(whole=True)] if self.log is not None else []
 
     @property
     def drops(self) -> bool:
@@ -188,6 +188,10 @@ class Calibrated(Store):
         where = f"{n} on the host" if self.log is not None else "freed"
         summary = f", {self.summary.size} summary tokens" if self.summary is not None else ""
         return f"remembered by order {self.order} ({where}){summary}"
+
+
+def _tokens(chunk: Chunk) -> Tokens:
+    return Tokens.from_columns(chunk.data, chunk.valid)
 
 
 def _where(applied: Tensor, lse: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from calidrop.attention import Partial, Queries
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Shrink, check_number, method
-from calidrop.state import State
+from calidrop.state import Ragged, State
 from calidrop.store import Score, Store
 from calidrop.tokens import Tokens
 
@@ -79,6 +80,18 @@ class ThinKeys(Store):
 
     def open(self) -> list[Tokens]:
         return [self._whole(t) for t in self.inner.open()]
+
+    @property
+    def unit(self) -> int:
+        return self.inner.unit
+
+    def leave(self) -> Ragged | None:
+        return self.inner.leave()
+
+    def reader(self, units: Ragged | None) -> Store:
+        new = copy.copy(self)
+        new.inner = self.inner.reader(units)
+        return new
 
     @property
     def drops(self) -> bool:
