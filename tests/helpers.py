@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from calidrop.layer import LayerKV
+from calidrop.methods import _predictor
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
 from calidrop.plugin import PositionMask
@@ -14,6 +22,23 @@ from calidrop.rope import Rope
 from calidrop.tokens import Tokens
 
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@functools.cache
+def untrained(block: int = 4, history: int = 8) -> str:
+    """A file for attention_predictor with small blocks, so that short inputs have many."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = Path(folder) / f"{block}-{history}.safetensors"
+    _predictor.save(file, _predictor.Predictor.fresh(), {"block": block, "history": history, "group": "max"})
+    return str(file)
+
+
+def predictor(budget: int | float, **changes: Any) -> str:
+    """A recipe of it."""
+    sizes = {"sinks": 4, "recent": 4, "block": 4, "history": 8, "skip": 0, **changes}
+    given = ", ".join(f"{n}={x!r}" for n, x in sizes.items())
+    return f"attention_predictor({budget}, {given}, file={untrained(sizes['block'], sizes['history'])!r})"
 
 
 def random_qkv(B: int, H: int, G: int, N: int, D: int, seed: int = 0) -> QKV:

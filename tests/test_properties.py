@@ -17,6 +17,7 @@ from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes
+from helpers import predictor
 from tiny import soft
 
 EVICTORS = [
@@ -60,12 +61,15 @@ ALONE = [
 ]
 # recompute=2 asks the host at every step, so that calidrop too must answer as its tokens do
 RESTS = ["calidrop(recompute=2)", "mikv(bits=2)", "mikv(bits=3, balancer=False)"]
+PREDICTORS = [predictor(24, dense=1), predictor(999)]
 RECIPES = [
     *ALONE,
     *EVICTORS,
     *(f"{e}+{s}" for e in EVICTORS[2:4] + EVICTORS[-1:] for s in STORAGES),
     *(f"{e}+{r}" for e in EVICTORS for r in RESTS[:2]),
     *(f"h2o(budget=12, every=4)+{s}+{r}" for s in STORAGES for r in RESTS),
+    # asks the host at every step, or selects everything
+    *(p + s for p in PREDICTORS for s in ("", *(f"+{s}" for s in STORAGES))),
 ]
 
 

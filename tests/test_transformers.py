@@ -10,6 +10,7 @@ import calidrop
 from calidrop.layer import LayerKV
 from calidrop.plugin import using
 from calidrop.state import held_bytes
+from helpers import predictor
 from tiny import FAMILIES, batch, generate, row, soft, tiny, worst
 
 SOFT = soft(tiny())
@@ -33,6 +34,8 @@ RECIPES = [
     "h2o(budget=20)+calidrop(offload=False, summary=3)",
     f"judge_q(budget=20, file={SOFT!r})",
     f"judge_q(budget=24, recent=8, file={SOFT!r})+kivi(bits=4, group=16)+calidrop(recompute=0.3)",
+    predictor(24, dense=3, skip=1),
+    predictor(0.5, dense=4) + "+int4",
 ]
 
 
@@ -153,7 +156,7 @@ def test_chunked_prefill_is_plain_prefill(llama, recipe, chunk):
     plain, logits = generate(llama, inputs, calidrop.KVCache(llama, recipe))
     chunked, chunk_logits = generate(llama, inputs, calidrop.KVCache(llama, recipe), prefill_chunk_size=chunk)
     # the last bit of a prompt computed in other blocks may cross a rounding boundary and move a code by one
-    assert worst(logits, chunk_logits) < (5e-3 if "kivi" in recipe else 2e-4)
+    assert worst(logits, chunk_logits) < (5e-3 if "kivi" in recipe or "int4" in recipe else 2e-4)
     assert torch.equal(plain, chunked)
 
 

@@ -158,7 +158,7 @@ class Coded(Store):
 
     def reader(self, units: Ragged | None) -> Store:
         new = copy.copy(self)
-        new.waiting, new.beside, new.held = Exact(), [], units
+        new.waiting, new.beside, new.held = Exact(), [Exact() for _ in self.beside], units
         return new
 
     def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:

@@ -100,10 +100,10 @@ class HostLog(Host):
             there = there[:, None].to(self.device)
         return Chunk({n: self._to_device(x[:, None]) for n, x in cut.items()}, there, first)
 
-    def take(self, index: Tensor) -> tuple[Columns, Arrival]:
-        """The slots at `index` (int64 [B,H,n] into each list; -1: none, what comes there is not to be used).
+    def take(self, index: Tensor) -> tuple[Ragged, Arrival]:
+        """The slots at `index` (int64 [B,H,n] into each list; -1: none), packed, on the device.
 
-        Beside a GPU the copy runs on a stream of its own: the columns may be used after `Arrival.wait`."""
+        Beside a GPU the copy runs on a stream of its own: the slots may be read after `Arrival.wait`."""
         index, out, pin = index.cpu(), {}, self.device.type == "cuda"
         before = torch.zeros(index.shape[:2], dtype=torch.long)
         for s in self.segments:
@@ -113,19 +113,18 @@ class HostLog(Host):
             for n, x in s.data.items():
                 x = x.flatten(0, 2) if s.uniform else x
                 if n not in out:
-                    out[n] = torch.zeros(
-                        *index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=self.device.type == "cuda"
-                    )
+                    out[n] = torch.zeros(*index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=pin)
                 out[n][mine] = x.index_select(0, rows)
             before = before + s.lens
+        taken = Ragged(out, index >= 0, own=True)
         if not pin:
-            return out, Arrival()
-        stream = torch.cuda.Stream(self.device)
+            return taken, Arrival()
+        stream, event = torch.cuda.Stream(self.device), torch.cuda.Event()
         with torch.cuda.stream(stream):
-            out = {n: self._to_device(x) for n, x in out.items()}
-            event = torch.cuda.Event()
+            taken.data = {n: self._to_device(x) for n, x in taken.data.items()}
+            taken.lens = self._to_device(taken.lens)
             event.record(stream)
-        return out, Arrival(event)
+        return taken, Arrival(event)
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)

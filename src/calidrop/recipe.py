@@ -30,8 +30,9 @@ class Recipe:
         storage, select = self.part(Storage), self.part(Selector)
         if storage and storage.chose_recent and select:
             raise ValueError(f"{select} and {storage} both say how many recent tokens stay exact: drop the latter's")
-        if self.part(Deputies) and select and not isinstance(select, Evictor):
-            raise ValueError(f"{select} and {self.part(Deputies)} cannot be joined: {select.name} evicts nothing")
+        for kind in (Deputies, Rest):
+            if self.part(kind) and select and not isinstance(select, Evictor):
+                raise ValueError(f"{select} and {self.part(kind)} cannot be joined: {select.name} evicts nothing")
         self._check_shrink(self.part(Shrink), select, storage)
 
     def _check_shrink(self, shrink: Shrink | None, evict: Selector | None, storage: Storage | None) -> None:

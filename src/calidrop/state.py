@@ -122,16 +122,18 @@ class Ragged(State):
     lens: int64 [B,H].
     """
 
-    def __init__(self, data: dict[str, Tensor], keep: Tensor):
-        """data: name -> [B,H,N,...]; keep: bool [B,H,N]. Keeps the marked slots, in order."""
+    def __init__(self, data: dict[str, Tensor], keep: Tensor, own: bool = False):
+        """data: name -> [B,H,N,...]; keep: bool [B,H,N]. Keeps the marked slots, in order. own: the data is nobody
+        else's and need not be copied if all of it stays."""
         self.lens = keep.sum(-1)
         self.longest = int(self.lens.max()) if keep.numel() else 0
         self.uniform = bool((self.lens == self.longest).all())
         if not self.uniform:
             self.data = {name: x[keep].contiguous() for name, x in data.items()}  # indexing may permute strides
         elif self.longest == keep.shape[2]:
-            # a copy: the caller's tensors are often views of something much larger, which would stay alive
-            self.data = {name: x.clone(memory_format=torch.contiguous_format) for name, x in data.items()}
+            # else a copy: the caller's tensors are often views of something much larger, which would stay alive
+            layout = torch.contiguous_format
+            self.data = data if own else {name: x.clone(memory_format=layout) for name, x in data.items()}
         else:
             order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., : self.longest]
             self.data = {name: gather(x, order) for name, x in data.items()}
@@ -160,6 +162,14 @@ class Ragged(State):
         _, valid = self.padded()
         new = copy.copy(self)
         new.data = {**self.data, **{n: x if valid is None else x[valid].contiguous() for n, x in columns.items()}}
+        return new
+
+    def opened(self) -> Ragged:
+        """With the items of a slot as slots of their own: [B,H,n,m,...] -> [B,H,n*m,...]. Shares its memory."""
+        new, at = copy.copy(self), 2 if self.uniform else 0
+        new.data = {name: x.flatten(at, at + 1) for name, x in self.data.items()}
+        per = next(iter(self.data.values())).shape[at + 1]
+        new.lens, new.longest = self.lens * per, self.longest * per
         return new
 
     def take_rows(self, rows: Tensor) -> None:

@@ -1,6 +1,7 @@
 """One file per method. A new method is a builder function, and one line here."""
 
 from calidrop.methods.adakv import adakv
+from calidrop.methods.attention_predictor import attention_predictor
 from calidrop.methods.calidrop import calidrop
 from calidrop.methods.decoquant import decoquant
 from calidrop.methods.expected_attention import expected_attention
@@ -26,7 +27,8 @@ METHODS = {
     build.__name__: build
     for build in (
         full,
-        *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv, judge_q),
+        *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
+        *(judge_q, attention_predictor),
         *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
         *(kvcrush, calidrop, mikv),
     )

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calidrop import budgets, ops
+from calidrop.attention import Partial, Queries, finite, logits, merge
+from calidrop.budgets import Amount, best
+from calidrop.coded import whole_units
+from calidrop.methods._predictor import Predictor, load, newest, pooled
+from calidrop.observe import Observation
+from calidrop.offload import Arrival, HostLog
+from calidrop.ops.piece import Piece
+from calidrop.parts import (
+    Deputies,
+    Layer,
+    Selector,
+    check_budget,
+    check_choice,
+    check_int,
+    method,
+)
+from calidrop.state import Ragged
+from calidrop.store import Exact, Store
+from calidrop.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In tokens: budget, sinks, recent, block (pooled into one number), span (fetched as one). In rows or steps:
+    history, dense. group: how the query heads of a kv head are pooled."""
+
+    budget: Amount
+    sinks: int
+    recent: int
+    block: int
+    span: int
+    history: int
+    dense: int
+    group: str
+
+
+class Predicted(Store):
+    """All tokens on the host in spans, of which the device holds those that the next query is expected to attend to.
+
+    On the device: sinks and what does not fill a span yet, exact; the fetched spans (`held`, a slot per unit of the
+    codec; `ids` int64 [B,H,n] says which they are, -1 for none); rows of pooled attention, `history` fp32 [B,H,R,blocks],
+    whose blocks are those on the host, in order, zero where a row has fewer."""
+
+    def __init__(self, codec: Store, sizes: Sizes, predictor: Callable[[torch.device], Predictor]):
+        self.codec, self.sizes, self.predictor = codec, sizes, predictor
+        self.first, self.waiting, self.log = Exact(), Exact(), HostLog()
+        self.net: Predictor | None = None
+        self.history: Tensor | None = None
+        self.peaks: Tensor | None = None  # [B,H,G,W,blocks]: largest logits of a dense step, until its lse is known
+        self.ids: Tensor | None = None  # None: the next step asks the host for everything
+        self.held: Ragged | None = None
+        self.arrival = Arrival()
+        self.context: Tensor | None = None
+        self.steps, self.since = 0, 0  # generated tokens since the last prompt, since the last flush
+
+    # ---- taking tokens in
+
+    def add(self, t: Tokens, obs: Observation) -> None:
+        prompt = self.context is None or not torch.equal(self.context, obs.context)
+        self.context, self.since = obs.context, 0
+        if self.history is None:
+            self.history = t.k.new_zeros(*t.k.shape[:2], self.sizes.history, 0, dtype=torch.float32)
+            self.net = self.predictor(t.k.device)
+        t = self._after_sinks(Tokens(t.k, t.v, t.pos, {}, t.dense), obs)
+        t, full = whole_units(self.waiting, t, self.sizes.span, obs)
+        new = full.shape[2]
+        if new:
+            before = self._spans()
+            self._remember(t, full, obs)
+            self.codec.add(t, obs)
+            units = self.codec.leave()
+            assert units is not None
+            data = {n: x.unflatten(2, (new, -1)) for n, x in units.padded()[0].items()}
+            self.log.append(data, full)
+            if self.ids is not None and not prompt:  # what the window gave up is attended until the next prediction
+                ids = (before[:, None, None] + torch.arange(new, device=full.device)).masked_fill(~full, -1)
+                held = self.held.append(data, full) if self.held else Ragged(data, full)
+                self._hold(torch.cat([self.ids, ids], 2), held)
+        if prompt:
+            self.steps = 0
+            self._look_ahead()
+
+    def _after_sinks(self, t: Tokens, obs: Observation) -> Tokens:
+        """t without the first tokens of each row, which are kept."""
+        there = self.first.held.lens if self.first.held is not None else t.pos.new_zeros(t.pos.shape[:2])
+        if bool((there == self.sizes.sinks).all()):
+            return t
+        sink = t.valid & (there[..., None] + t.valid.cumsum(-1) <= self.sizes.sinks)
+        self.first.add(t.select(sink), obs)
+        return t.select(~sink)
+
+    def _spans(self) -> Tensor:
+        """int64 [B]: how many are on the host; all heads have the same."""
+        assert self.context is not None
+        return self.log.lens[:, 0].to(self.context.device) if self.log.segments else torch.zeros_like(self.context)
+
+    def _remember(self, t: Tokens, full: Tensor, obs: Observation) -> None:
+        """History of blocks that come: the last queries have attended all of their tokens, as sinks, in the window, or
+        in the prompt, so what they paid is exact."""
+        size, last = self.sizes, obs.last(self.sizes.history)
+        step = max(1, (1 << 14) // size.span) * size.span  # tokens weighed at once
+        parts = [last.weights(t.slice(i, i + step), size.group) for i in range(0, len(t), step)]
+        columns = torch.cat([pooled(w, size.block) for w in parts], -1)
+        columns = newest(columns, last.queries.pos >= 0, size.history)  # [B,H,R,new]
+        per, before = size.span // size.block, self._spans()
+        assert self.history is not None
+        width = int((before + full[:, 0].sum(-1)).max()) * per
+        at = before[:, None] * per + torch.arange(columns.shape[-1], device=before.device)
+        at = torch.where(full[:, 0].repeat_interleave(per, 1), at, width)  # what does not exist goes behind the end
+        grown = F.pad(self.history, (0, width + 1 - self.history.shape[-1]))
+        self.history = grown.scatter(3, at[:, None, None].expand_as(columns), columns)[..., :width].contiguous()
+
+    # ---- looking ahead
+
+    def _look_ahead(self) -> None:
+        """Predict what the next query attends to and fetch it, unless that step asks for everything anyway."""
+        self.ids = self.held = None
+        if (self.steps + 1) % self.sizes.dense == 0:
+            return
+        marks = self._chosen()
+        order = (~marks).to(torch.int8).argsort(dim=-1, stable=True)[..., : int(marks.sum(-1).max())]
+        ids = order.masked_fill(~marks.gather(2, order), -1)
+        self.ids = ids
+        if ids.shape[2]:
+            held, self.arrival = self.log.take(ids)
+            self._hold(ids, held)
+
+    def _chosen(self) -> Tensor:
+        """bool [B,H,spans]"""
+        assert self.history is not None and self.net is not None and self.context is not None
+        size, spans = self.sizes, self._spans()
+        waiting = self.waiting.held.lens[:, 0] if self.waiting.held is not None else 0
+        local = size.recent + self.since + 1 + waiting
+        room = ((size.budget(self.context) - size.sinks - local) // size.span).clamp(min=0)
+        B, H, _, blocks = self.history.shape
+        per = size.span // size.block
+        there = torch.arange(blocks // per, device=spans.device) < spans[:, None]  # [B,spans]
+        if bool((room >= spans).all()):
+            return there[:, None].expand(B, H, -1)
+        real = None if bool(there.all()) else there.repeat_interleave(per, 1).repeat_interleave(H, 0)
+        score = self.net.next_row(self.history.flatten(0, 1), real)
+        score = pooled(score, per).masked_fill(~there.repeat_interleave(H, 0), float("-inf"))
+        return best(score, room.repeat_interleave(H)).view(B, H, -1) & there[:, None]
+
+    def _hold(self, ids: Tensor, held: Ragged) -> None:
+        """held: what is at `ids`, in the same order, without those that are -1."""
+        order = (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)  # as `Ragged` packs them
+        self.ids, self.held = ids.gather(2, order)[..., : held.longest], held
+
+    # ---- answering
+
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
+        parts = [part for store in (self.first, self.waiting, self.codec) for part in store.attend(qs)]
+        if not self.log.segments:
+            return parts
+        if len(qs) == 1 and self.ids is not None:
+            return parts + [part for store in self._fetched() for part in store.attend(qs)]
+        self.ids = self.held = None
+        return [*parts, self._ask_all(qs)]
+
+    def _fetched(self) -> list[Store]:
+        if self.held is None:
+            return []
+        self.arrival.wait(self.held)
+        return [self.codec.reader(self.held.opened())]
+
+    def _ask_all(self, qs: Queries) -> Partial:
+        """Exact, chunk by chunk. Notes the largest logit of every block, as the total lse is not known yet."""
+        assert self.history is not None
+        last, size, found = qs.last(self.sizes.history), self.sizes, []
+        B, H, _, blocks = self.history.shape
+        peaks = self.history.new_full((B, H, qs.q.shape[1] // H, len(last), blocks + 1), float("-inf"))
+        for chunk in self.log.chunks():
+            store = self.codec.reader(Ragged(chunk.data, chunk.keep).opened())
+            found.append(ops.joined(qs, store.attend(qs)))
+            (t,) = store.tokens()
+            highest = pooled(logits(last, t.k, t.pos), size.block)
+            at = self._blocks(chunk.first[..., None] + torch.arange(chunk.keep.shape[2], device=t.pos.device))
+            at = torch.where(chunk.keep.repeat_interleave(size.span // size.block, 2), at, blocks)[:, :, None, None]
+            peaks = peaks.scatter(4, at.expand_as(highest), highest)
+        self.peaks = peaks[..., :blocks]
+        return merge(found)
+
+    def _blocks(self, spans: Tensor) -> Tensor:
+        """[B,H,n] spans -> [B,H,n*per], the columns of their blocks in the history."""
+        per = self.sizes.span // self.sizes.block
+        return (spans[..., None] * per + torch.arange(per, device=spans.device)).flatten(2)
+
+    def observe(self, step: Observation) -> None:
+        self.codec.observe(step)
+        if self.history is None:  # the first prompt
+            return
+        last = step.last(self.sizes.history)
+        rows = self._dense_rows(last) if self.ids is None else self._sparse_row(last)
+        self.peaks = None
+        real = torch.cat([last.queries.pos.new_ones(len(rows), self.sizes.history), last.queries.pos + 1], 1) > 0
+        self.history = newest(torch.cat([self.history, rows], 2), real, self.sizes.history)
+        if len(step.queries) == 1:
+            self.steps, self.since = self.steps + 1, self.since + 1
+            self._look_ahead()
+
+    def _dense_rows(self, last: Observation) -> Tensor:
+        """What the last queries paid each block, [B,H,W,blocks]."""
+        if self.peaks is None:  # nothing is on the host
+            assert self.history is not None
+            return self.history.new_zeros(*self.history.shape[:2], len(last.queries), 0)
+        B, H, G, W, _ = self.peaks.shape
+        w = torch.exp(self.peaks - finite(last.lse).view(B, H, G, W, 1))
+        return w.mean(2) if self.sizes.group == "mean" else w.amax(2)
+
+    def _sparse_row(self, step: Observation) -> Tensor:
+        """The same of one query that was answered from what was fetched; 0 for the other blocks."""
+        assert self.history is not None and self.ids is not None
+        row = self.history.new_zeros(*self.history.shape[:2], 1, self.history.shape[3] + 1)
+        for t in (t for store in self._fetched() for t in store.tokens()):
+            w = pooled(step.weights(t, self.sizes.group), self.sizes.block)
+            at = self._blocks(self.ids).masked_fill(
+                (self.ids < 0).repeat_interleave(w.shape[3] // self.ids.shape[2], 2), -1
+            )
+            row = row.scatter(3, torch.where(at < 0, row.shape[3] - 1, at)[:, :, None], w)
+        return row[..., :-1]
+
+    # ---- the rest of a store
+
+    def tokens(self) -> list[Tokens]:
+        out = [t for store in (self.first, self.waiting, self.codec) for t in store.tokens()]
+        for chunk in self.log.chunks(whole=True):
+            out += self.codec.reader(Ragged(chunk.data, chunk.keep).opened()).tokens()
+        return out
+
+    def describe(self) -> str:
+        spans = sum(s.longest for s in self.log.segments)
+        held = self.held.longest if self.held is not None else 0
+        of = f"{spans} spans of {self.sizes.span} on the host, {held} of them fetched"
+        return f"{self.first.describe()} first, {self.waiting.describe()} waiting; {of}: {self.codec.describe()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Selector):
+    """Evicts nothing: what is not selected waits on the host. skip: layers that keep everything on the device."""
+
+    sizes: Sizes
+    skip: int
+    net: Callable[[torch.device], Predictor]
+
+    def store(self, layer: Layer, kept: Callable[[], Store], rest: Store | None, stand: Deputies | None) -> Store:
+        codec = kept()
+        if layer.index < self.skip:
+            return codec
+        if not codec.unit:
+            raise ValueError(f"{self}: cannot fetch parts of what is stored like this: {codec.describe()}")
+        return Predicted(codec, replace(self.sizes, span=math.lcm(self.sizes.block, codec.unit)), self.net)
+
+
+@method("AttentionPredictor, arXiv 2502.04077")
+def attention_predictor(
+    budget: int | float = 1024,
+    sinks: int = 64,
+    recent: int = 64,
+    block: int = 16,
+    history: int = 64,
+    dense: int = 5,
+    skip: int = 2,
+    group: str = "max",
+    file: str | None = None,
+) -> Selector:
+    """AttentionPredictor (Yang et al., arXiv 2502.04077, sec. 4): everything stays, on the host, and a small network
+    says which blocks the next query will attend to; only those are brought to the device.
+
+    budget: the most tokens a query attends to, per kv head. sinks: first tokens, always on the device, a multiple of
+    block. recent: the least number of last tokens that are. block: tokens pooled into one number (their largest
+    weight); counted from each row's first real token. history: rows of these numbers that the network sees. dense:
+    every so many generated tokens the host is asked for everything (exact), which keeps the history true. skip: so many
+    first layers keep everything on the device. group: "mean" or "max", what is taken of the weights of a kv head's
+    query heads. file: from `calidrop train attention-predictor`; None: the one that comes with the package.
+
+    A storage says how blocks are kept on the host and fetched; where its units are longer than a block, blocks are
+    fetched together. Bytes per token and kv head on the device: 4 * history / block, plus budget tokens.
+
+    Deviations: selection is per kv head; its rows are pooled over the query group before the network sees them. Blocks
+    that are not full are always attended, and count: so between 0 and 2 blocks less than the paper's are predicted, and
+    no token is out of reach. What is fetched stays until the next prediction. A block of queries (a second prompt) is
+    answered exactly from the host.
+    """
+    name = "attention_predictor"
+    for what, value, least in (
+        ("sinks", sinks, 0), ("recent", recent, 0), ("block", block, 1), ("history", history, 1), ("dense", dense, 1),
+        ("skip", skip, 0),
+    ):  # fmt: skip
+        check_int(f"{name}: {what}", value, least)
+    check_budget(name, budget, sinks + recent)
+    if sinks % block:
+        raise ValueError(f"{name}: sinks must be a multiple of block, got sinks={sinks} and block={block}")
+    check_choice(f"{name}: group", group, ("mean", "max"))
+    if file is not None and not isinstance(file, str):
+        raise ValueError(f"{name}: file must be a path in quotes, got {file!r}")
+    predictor, meta = load(file)
+    for what, value in (("block", block), ("history", history), ("group", group)):
+        if meta[what] != value:
+            raise ValueError(
+                f"{name}: {file or 'the network in the package'} was trained with {what}={meta[what]!r}, got {value!r}"
+            )
+
+    sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, history, dense, group)
+    return Fetch(recent=recent, every=block, observe=history, sizes=sizes, skip=skip, net=functools.cache(predictor.on))
