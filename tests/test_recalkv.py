@@ -24,7 +24,8 @@ from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.train import _lowrank as lowrank
-from calidrop.train.recalkv import train, windows
+from calidrop.train._text import windows
+from calidrop.train.recalkv import train
 from tiny import batch, generate, row, tiny, worst
 
 FULL = {"qwen2": "biases", "gemma2": "sliding layers, softcap", "gpt_oss": "yarn, sinks", "mixtral": "groups of heads"}

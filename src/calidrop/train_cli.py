@@ -31,8 +31,8 @@ def recalkv(
     check_writable(out)
     words = read_text(text)
     lm, tokenizer = load_model(model, threads)
+    from calidrop.train._text import windows as cut
     from calidrop.train.recalkv import train
-    from calidrop.train.recalkv import windows as cut
 
     said = ["calidrop", "train", "recalkv", "--model", name, "--keep", str(keep), "--out", str(out)]
     said += [] if text is None else ["--text", str(text)]
@@ -89,3 +89,41 @@ def judge_q(
         made = train(lm, chats, out, options, name=name, command=shlex.join(said), progress=tick)
     first, last = made.meta["losses"][0], made.meta["losses"][-1]
     stdout().print(f"{out}: {tokens} soft tokens, loss {first:.4f} in the first epoch, {last:.4f} in the last")
+
+
+@app.command()
+def attention_predictor(
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Default: attention_predictor-MODEL.safetensors here.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibration text; default: The Time Machine.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 32 heads.")] = 3000,
+    block: Annotated[int, typer.Option(min=1, help="Tokens pooled into one number.")] = 16,
+    history: Annotated[int, typer.Option(min=1, help="Rows that the network sees.")] = 64,
+    evaluate: Annotated[Path | None, typer.Option(help="Held-out text: print how many blocks are found.")] = None,
+    threads: Threads = None,
+) -> None:
+    """The network of attention_predictor(file='...'). A run that was stopped continues where it was."""
+    name = model or "smollm2"
+    out = out or Path(f"attention_predictor-{Path(name).name}.safetensors")
+    check_writable(out)
+    words, held_out = read_text(text), None if evaluate is None else read_text(evaluate)
+    lm, tokenizer = load_model(model, threads)
+    from calidrop.train._text import windows as cut
+    from calidrop.train.attention_predictor import recall, train
+    from calidrop.train.attention_predictor import table as shown
+
+    said = ["calidrop", "train", "attention-predictor", "--model", name, "--out", str(out)]
+    said += [] if text is None else ["--text", str(text)]
+    said += ["--windows", str(windows), "--length", str(length), "--steps", str(steps)]
+    said += ["--block", str(block), "--history", str(history)]
+    options = {"steps": steps, "block": block, "history": history, "name": name, "command": shlex.join(said)}
+    with bars("training", remaining=True) as tick:
+        made, meta = train(lm, cut(tokenizer, words, windows, length), out, progress=tick, **options)
+        found = None
+        if held_out is not None:
+            found = recall(lm, cut(tokenizer, held_out, 4, length), made, meta, progress=tick)
+    stdout().print(f"{out}: {sum(x.numel() for x in made.weights.values())} parameters", highlight=False)
+    if found is not None:
+        stdout().print(shown(found), highlight=False)

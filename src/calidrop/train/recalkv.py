@@ -11,7 +11,6 @@ Calibration defaults to 32 windows of a book instead of 256 of wikitext2.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,22 +25,12 @@ from calidrop.parts import check_int, check_number
 from calidrop.train import _lowrank as lowrank
 from calidrop.train._part import PartFile
 from calidrop.train._run import Run
+from calidrop.train._text import digest
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
 GROUP = 4  # kv heads whose keys share a basis, at most
-
-
-def windows(tokenizer: Any, text: str, n: int, length: int) -> Tensor:
-    """int64 [n,length], spread evenly over the text, none overlapping."""
-    check_int("windows", n, 1)
-    check_int("length", length, 2)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if len(ids) < n * length:
-        raise ValueError(f"text too short: got {len(ids)} tokens, need {n * length} ({n} windows of {length})")
-    starts = [i * (len(ids) - length) // max(1, n - 1) for i in range(n)]
-    return torch.tensor([ids[start : start + length] for start in starts])
 
 
 def train(
@@ -69,7 +58,7 @@ def train(
         check_int("multiple", multiple, 1)
     run, tell, fisher = Run(model, ids), progress or (lambda *_: None), min(fisher, len(ids))
     settings = {"model": name, **run.facts(), "keep": keep, "multiple": multiple, "fisher": fisher}
-    settings |= {"windows": len(ids), "length": ids.shape[1], "text": _hash(ids), "weights": _hash(run.samples())}
+    settings |= {"windows": len(ids), "length": ids.shape[1], "text": digest(ids), "weights": digest(run.samples())}
     steps = _steps(run, multiple)
     lowrank.allocate([1.0] * len(steps), run.heads * run.dim, keep, steps)  # for its error, before any work
     part = PartFile(out, settings, every)
@@ -83,10 +72,6 @@ def train(
     artefact = Artefact(meta, bases, run.rope, run.samples())
     part.finish(artefact.save)
     return artefact
-
-
-def _hash(x: Tensor) -> str:
-    return hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16]
 
 
 @torch.no_grad()
