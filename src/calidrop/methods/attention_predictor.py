@@ -49,8 +49,8 @@ class Sizes:
 class Predicted(Store):
     """All tokens on the host in spans, of which the device holds those that the next query is expected to attend to.
 
-    On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids` int64
-    [B,H,n] says which they are, -1: none); `history` fp32 [B,H,R,blocks], rows of pooled attention to the blocks that
+    On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids`
+    int64 [B,H,n] says which they are, -1: none); `history` fp32 [B,H,R,blocks], rows of pooled attention to the blocks that
     are on the host, in order, zero where a row has fewer."""
 
     def __init__(self, codec: Store, sizes: Sizes, predictor: Callable[[torch.device], Predictor]):
