@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import calidrop
 from calidrop.attention import Queries, attend
 from calidrop.cli import app
-from calidrop.methods._predictor import SHAPES, Predictor, load, newest, save
+from calidrop.methods._predictor import SHAPES, Moving, Predictor, load, newest, save
 from calidrop.offload import HostLog
 from calidrop.recipe import parse
 from calidrop.state import State, held_bytes
@@ -93,6 +93,24 @@ def test_a_shorter_row_is_as_if_alone():
     both = net.next_row(x, real)
     assert worst(both[1, :13], net.next_row(x[1:, :, :13])[0]) < 1e-6
     assert worst(both[0], net.next_row(x[:1])[0]) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [8, 10, 64])
+@torch.no_grad()
+def test_moving_by_a_row_is_the_network(rows):
+    net, moving = Predictor.fresh(), Moving()
+    x = torch.rand(2, 3, rows + 40, 20)
+    x[1, ..., 13:] = 0
+    real = (torch.arange(20) < torch.tensor([[20], [13]])).repeat_interleave(3, 0)
+    for i in range(40):
+        history = x[:, :, i : i + rows]
+        got = moving.next_row(net, history, real)
+        want = net.next_row(history.flatten(0, 1), real).view(2, 3, 20)
+        torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(got[1, :, :13], want[1, :, :13], atol=1e-6, rtol=1e-5)
+    moving.forget()
+    x = torch.rand(2, 3, rows, 23)
+    torch.testing.assert_close(moving.next_row(net, x, None), net.next_row(x.flatten(0, 1)).view(2, 3, 23))
 
 
 def test_what_is_fetched_by_hand():

@@ -50,6 +50,10 @@ class Predictor(State):
 
     def next_row(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """real: bool [N,blocks], the blocks there are (None: all); the others are as if the row ended before them."""
+        return self.terms(x, real).mean(1) + self.weights["head.bias"]
+
+    def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """What every row adds to the mean over time, [N,R,blocks]."""
         step = max(1, ACTIVATION_BYTES // max(1, 4 * 32 * x[0].numel())) if len(x) else 1
         cuts = (slice(i, i + step) for i in range(0, len(x), step))
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
@@ -60,7 +64,42 @@ class Predictor(State):
         if real is not None:
             h = h * real[:, None, None]
         h = F.conv2d(h, w["conv2.weight"], w["conv2.bias"], padding=1).relu()
-        return torch.einsum("ncb,c->nb", h.mean(2), w["head.weight"]) + w["head.bias"]
+        return torch.einsum("nctb,c->ntb", h, w["head.weight"])
+
+
+class Moving(State):
+    """`Predictor.next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
+    all: two convolutions see two rows to either side, so only rows next to the borders change, one becomes an inner row
+    and one ceases to be one. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the one that is next to go."""
+
+    SLAB = 5  # rows at a border: two that feel it, the inner one beside them, and what these see
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.oldest: Tensor | None = None
+
+    def forget(self) -> None:
+        """The history changed in another way."""
+        self.sum = self.oldest = None
+
+    def next_row(self, net: Predictor, history: Tensor, real: Tensor | None) -> Tensor:
+        """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""
+        shape, rows = history.shape, history.shape[2]
+        x = history.flatten(0, 1)
+        if rows < 2 * self.SLAB:
+            return net.next_row(x, real).view(*shape[:2], -1)
+        if self.sum is None or self.oldest is None:
+            terms = net.terms(x, real).view(shape)
+            first, last = terms[:, :, : self.SLAB], terms[:, :, -self.SLAB :]
+            self.sum = terms[:, :, 2:-2].double().sum(2)
+        else:
+            both = torch.cat([x[:, : self.SLAB], x[:, -self.SLAB :]])
+            terms = net.terms(both, None if real is None else torch.cat([real, real]))
+            first, last = terms.view(2, *shape[:2], self.SLAB, -1)
+            self.sum = self.sum - self.oldest + last[:, :, 2]
+        self.oldest = first[:, :, 2].clone()
+        borders = first[:, :, :2].sum(2) + last[:, :, -2:].sum(2)
+        return (self.sum + borders).float() / rows + net.weights["head.bias"]
 
 
 def save(file: Path, predictor: Predictor, meta: dict[str, Any]) -> None:

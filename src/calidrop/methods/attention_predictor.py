@@ -13,7 +13,7 @@ from calidrop import budgets, ops
 from calidrop.attention import Partial, Queries, finite, logits, merge
 from calidrop.budgets import Amount, best
 from calidrop.coded import whole_units
-from calidrop.methods._predictor import Predictor, load, newest, pooled
+from calidrop.methods._predictor import Moving, Predictor, load, newest, pooled
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, HostLog
 from calidrop.ops.piece import Piece
@@ -50,14 +50,15 @@ class Predicted(Store):
     """All tokens on the host in spans, of which the device holds those that the next query is expected to attend to.
 
     On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids`
-    int64 [B,H,n] says which they are, -1: none); `history` fp32 [B,H,R,blocks], rows of pooled attention to the blocks that
-    are on the host, in order, zero where a row has fewer."""
+    int64 [B,H,n] says which they are, -1: none); `history` fp32 [B,H,R,blocks], rows of pooled attention to the blocks
+    that are on the host, in order, zero where a row has fewer."""
 
     def __init__(self, codec: Store, sizes: Sizes, predictor: Callable[[torch.device], Predictor]):
         self.codec, self.sizes, self.predictor = codec, sizes, predictor
         self.first, self.waiting, self.log = Exact(), Exact(), HostLog()
         self.net: Predictor | None = None
         self.history: Tensor | None = None
+        self.moving = Moving()
         self.peaks: Tensor | None = None  # [B,H,G,W,blocks]: largest logits of a dense step, until its lse is known
         self.ids: Tensor | None = None  # None: the next step asks the host for everything
         self.held: Ragged | None = None
@@ -120,6 +121,7 @@ class Predicted(Store):
         at = before[:, None] * per + torch.arange(columns.shape[-1], device=before.device)
         at = torch.where(full[:, 0].repeat_interleave(per, 1), at, width)  # what does not exist goes behind the end
         grown = F.pad(self.history, (0, width + 1 - self.history.shape[-1]))
+        self.moving.forget()
         self.history = grown.scatter(3, at[:, None, None].expand_as(columns), columns)[..., :width].contiguous()
 
     # ---- looking ahead
@@ -127,32 +129,39 @@ class Predicted(Store):
     def _look_ahead(self) -> None:
         """Predict what the next query attends to and fetch it, unless that step asks for everything anyway."""
         self.ids = self.held = None
-        if (self.steps + 1) % self.sizes.dense == 0:
+        assert self.history is not None and self.net is not None
+        if self.sizes.dense == 1:
             return
-        marks = self._chosen()
-        order = (~marks).to(torch.int8).argsort(dim=-1, stable=True)[..., : int(marks.sum(-1).max())]
-        ids = order.masked_fill(~marks.gather(2, order), -1)
-        self.ids = ids
-        if ids.shape[2]:
-            held, self.arrival = self.log.take(ids)
-            self._hold(ids, held)
+        B, H, _, blocks = self.history.shape
+        if blocks == 0:
+            self.ids = torch.zeros(B, H, 0, dtype=torch.long, device=self.history.device)
+            return
+        spans, per = self._spans(), self.sizes.span // self.sizes.block
+        there = torch.arange(blocks // per, device=spans.device) < spans[:, None]  # [B,spans]
+        real = None
+        if not bool(there.all()):
+            real = there.repeat_interleave(per, 1).repeat_interleave(H, 0)
+        score = self.moving.next_row(self.net, self.history, real)  # even if it is not used, as it follows the rows
+        if (self.steps + 1) % self.sizes.dense:
+            self._fetch(pooled(score, per), there)
 
-    def _chosen(self) -> Tensor:
+    def _fetch(self, score: Tensor, there: Tensor) -> None:
+        """score: [B,H,spans]; there: bool [B,spans]. Brings the best there is room for."""
+        marks = self._chosen(score.masked_fill(~there[:, None], float("-inf")), there)
+        order = (~marks).to(torch.int8).argsort(dim=-1, stable=True)[..., : int(marks.sum(-1).max())]
+        self.ids = order.masked_fill(~marks.gather(2, order), -1)
+        if order.shape[2]:
+            held, self.arrival = self.log.take(self.ids)
+            self._hold(self.ids, held)
+
+    def _chosen(self, score: Tensor, there: Tensor) -> Tensor:
         """bool [B,H,spans]"""
-        assert self.history is not None and self.net is not None and self.context is not None
-        size, spans = self.sizes, self._spans()
+        assert self.context is not None
+        size, (B, H, n) = self.sizes, score.shape
         waiting = self.waiting.held.lens[:, 0] if self.waiting.held is not None else 0
         local = size.recent + self.since + 1 + waiting
         room = ((size.budget(self.context) - size.sinks - local) // size.span).clamp(min=0)
-        B, H, _, blocks = self.history.shape
-        per = size.span // size.block
-        there = torch.arange(blocks // per, device=spans.device) < spans[:, None]  # [B,spans]
-        if bool((room >= spans).all()):
-            return there[:, None].expand(B, H, -1)
-        real = None if bool(there.all()) else there.repeat_interleave(per, 1).repeat_interleave(H, 0)
-        score = self.net.next_row(self.history.flatten(0, 1), real)
-        score = pooled(score, per).masked_fill(~there.repeat_interleave(H, 0), float("-inf"))
-        return best(score, room.repeat_interleave(H)).view(B, H, -1) & there[:, None]
+        return best(score.reshape(B * H, n), room.repeat_interleave(H)).view(B, H, n) & there[:, None]
 
     def _hold(self, ids: Tensor, held: Ragged) -> None:
         """held: what is at `ids`, in the same order, without those that are -1."""
@@ -210,6 +219,8 @@ class Predicted(Store):
         if len(step.queries) == 1:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()
+        else:
+            self.moving.forget()
 
     def _dense_rows(self, last: Observation) -> Tensor:
         """What the last queries paid each block, [B,H,W,blocks]."""
