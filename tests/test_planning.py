@@ -36,6 +36,8 @@ RECIPES = [
     "h2o(budget=0.2)+mikv",
     "streaming_llm(budget=100)+fp8",
     "judge_q(budget=96, file=SOFT)+int4+calidrop",
+    "attention_predictor(budget=160, sinks=16, recent=32, skip=1)",
+    "attention_predictor(budget=160, sinks=16, recent=32, skip=0)+int4",
 ]
 
 

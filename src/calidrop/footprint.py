@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Plan, Shrink
 from calidrop.recipe import Recipe
 from calidrop.rope import Rope
-from calidrop.state import Host, Ragged, State, held_bytes
+from calidrop.state import Host, Ragged, Shared, State, held_bytes, tensors
 from calidrop.tokens import Tokens
 from calidrop.window import Window
 
@@ -50,6 +50,7 @@ class _Run:
     host: int
     tokens: float  # per head
     bits: float
+    shared: dict[int, int]  # storage -> bytes that are there once, whatever the number of layers and rows
 
 
 class Prompt:
@@ -115,8 +116,9 @@ def footprint(recipe: Recipe, layers: Layers, prompt: Prompt, context: int, batc
         kinds[key] = make, reach, kinds[key][2] + 1 if key in kinds else 1
     runs = [(_layer(prompt, make, reach, context, heads, joint), reach, n) for make, reach, n in kinds.values()]
     whole = [(run, n) for run, reach, n in runs if reach is None] or [(run, n) for run, _, n in runs]
+    shared = {storage: n for run, _, _ in runs for storage, n in run.shared.items()}
     return Footprint(
-        batch * sum(n * run.device for run, _, n in runs),
+        batch * sum(n * run.device for run, _, n in runs) + sum(shared.values()),
         batch * sum(n * run.host for run, _, n in runs),
         sum(n * run.tokens for run, n in whole) / sum(n for _, n in whole),
         min(run.bits for run, _ in whole),
@@ -144,7 +146,7 @@ def _layer(prompt: Prompt, make: Callable[[], Plan], reach: int | None, context:
     short = min(context, RULER)
     single = one if short == context else _measure(prompt, make(), reach, short, 1)
     row = 2 * single.device - _measure(prompt, make(), reach, short, 2).device  # held once for all heads
-    return _Run(row + heads * (one.device - row), heads * one.host, one.tokens, one.bits)
+    return replace(one, device=row + heads * (one.device - row), host=heads * one.host)
 
 
 def _maker(recipe: Recipe, layer: Layer, reach: int | None) -> Callable[[], Plan]:
@@ -156,12 +158,21 @@ def _maker(recipe: Recipe, layer: Layer, reach: int | None) -> Callable[[], Plan
 def _measure(prompt: Prompt, plan: Plan, reach: int | None, context: int, heads: int) -> _Run:
     state = prompt.run(plan, reach, context, heads)
     formats = list(_formats(state, heads, prompt.k.shape[-1] + prompt.v.shape[-1], set()))
+    shared = {t.data_ptr(): t.nbytes for x in _shared(state) for t in tensors(x)}
     return _Run(
-        held_bytes(state),
+        held_bytes(state) - sum(shared.values()),
         held_bytes(state, host=True),
         sum(n for n, _ in formats) / heads,
         min((bits for _, bits in formats), default=math.inf),
+        shared,
     )
+
+
+def _shared(value: Any) -> Iterator[Shared]:
+    if isinstance(value, Shared):
+        yield value
+    elif isinstance(value, State):
+        yield from (found for item in vars(value).values() for found in _shared(item))
 
 
 def _formats(value: Any, heads: int, width: int, seen: set[int]) -> Iterator[tuple[int, float]]:

@@ -130,7 +130,7 @@ class HostLog(Host):
         return x.to(self.device, non_blocking=True)
 
 
-class Arrival:
+class Arrival(State):
     """A copy that may still be under way on another stream; without an event it is there. Written for CUDA and not run
     there yet: on a CPU nothing is ever under way."""
 

@@ -39,6 +39,16 @@ class Host(State):
     """A State whose tensors live in host memory on purpose: counted as host bytes, not as device bytes."""
 
 
+class Shared(State):
+    """Tensors that are no part of a sequence and the same objects in every layer, like a small network."""
+
+    def fork(self) -> State:
+        return self
+
+    def take_rows(self, rows: Tensor) -> None:
+        pass
+
+
 def _fork(value: Any) -> Any:
     if isinstance(value, State):
         return value.fork()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
-from calidrop.state import State
+from calidrop.state import Shared, State
 
 NAME = "attention_predictor"
 COMMAND = "calidrop train attention-predictor"
@@ -22,10 +22,10 @@ SHAPES = {
 ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
 
 
-class Predictor(State):
+class Predictor(Shared):
     """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: two 3x3 convolutions over time
     and blocks (1 -> 16 -> 32 channels, ReLU), the mean over time, and one weight per channel. 4,833 parameters, fp32.
-    A constant shared by all layers and rows."""
+    """
 
     def __init__(self, weights: dict[str, Tensor]):
         self.weights = weights
@@ -38,12 +38,6 @@ class Predictor(State):
             fan = torch.Size(SHAPES[name.replace("bias", "weight")]).numel() // shape[0] if "head" not in name else 32
             weights[name] = (2 * torch.rand(shape, generator=draw) - 1) * fan**-0.5
         return Predictor(weights)
-
-    def take_rows(self, rows: Tensor) -> None:
-        pass
-
-    def fork(self) -> Predictor:
-        return self
 
     def on(self, device: torch.device) -> Predictor:
         return Predictor({n: x.to(device) for n, x in self.weights.items()})
@@ -70,7 +64,7 @@ class Predictor(State):
 class Moving(State):
     """`Predictor.next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
     all: two convolutions see two rows to either side, so only rows next to the borders change, one becomes an inner row
-    and one ceases to be one. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the one that is next to go."""
+    and one ceases to be. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the next of them to go."""
 
     SLAB = 5  # rows at a border: two that feel it, the inner one beside them, and what these see
 
