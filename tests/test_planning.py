@@ -24,6 +24,7 @@ RECIPES = [
     "snapkv(budget=0.3)+int4+calidrop",
     "adakv(budget=96)+calidrop(summary=8)",
     "h2o(budget=96)",
+    "lazy_eviction(budget=96, window=16)",
     "tova(budget=80)+int8",
     "expected_attention(budget=90)",
     "pyramidkv(budget=100)+calidrop",
@@ -82,6 +83,7 @@ def test_tokens_and_bits_are_read_off_what_is_held():
     assert told["snapkv(budget=96)"] == (96, 32)
     assert told["snapkv(budget=0.3)+int4+calidrop"] == (90, 4)  # what is on the host does not count
     assert told["tova(budget=80)+int8"] == (80, 8)
+    assert told["lazy_eviction(budget=96, window=16)"] == (300, 32)  # prompts stay whole
     assert told["h2o(budget=0.2)+mikv"] == (300, 2)
     assert told["kivi(bits=4, group=16)"] == (300, 4)
     assert told["ott(block=64)"] == (300, 2)

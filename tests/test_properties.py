@@ -31,6 +31,7 @@ EVICTORS = [
     "adakv(budget=13, recent=5, every=4)",
     "judge_q(budget=12, file=SOFT)",
     "judge_q(budget=13, recent=5, file=SOFT)+kvcrush",
+    "lazy_eviction(budget=12, window=4, alpha=0.1)",
     "h2o(budget=12, every=4)+kvcrush(share=0.4)",
     "adakv(budget=13, recent=5, every=4)+kvcrush(anchor='alternate')",
 ]

@@ -25,6 +25,7 @@ RECIPES = [
     "expected_attention(budget=20)",
     "pyramidkv(budget=24, recent=8)",
     "adakv(budget=24, recent=8)",
+    "lazy_eviction(budget=20, window=8, alpha=0.05)",
     "snapkv(budget=24, recent=8, every=8)+kvcrush+calidrop(recompute=0.3)",
     "kivi(bits=4, group=16, residual=16)",
     "snapkv(budget=40, recent=8)+kivi(bits=4, group=16)",

@@ -84,7 +84,7 @@ class Prompt:
         if s.store is not None:
             qs = self.queries(min(plan.observe, context), context, heads)
             lse = torch.full(qs.q.shape[:3], math.log(context))
-            step = Observation(qs, lse, s.context, s.start)
+            step = Observation(qs, lse, s.context, s.start, prompt=True)
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
@@ -93,7 +93,7 @@ class Prompt:
                 step = dataclasses.replace(
                     step, jury=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
                 )
-            s.obs, s.due = step, True
+            s.obs, s.due = step, plan.prompts
             kv.settle()
         return s
 

@@ -41,6 +41,7 @@ class LayerState(State):
         self.start: Tensor | None = None  # int64 [B]: left pads
         self.seen = 0  # columns, pads included
         self.steps = 0  # generated tokens since the last prompt
+        self.age = 0  # generated tokens since the last compression, prompts between them or not
         self.due = False  # a prompt waits to be compressed
 
 
@@ -194,9 +195,9 @@ class LayerKV(CacheLayerMixin):
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
         o, lse = answer(qs, [*parts, ops.piece(s.window.tokens())], sink)
+        s.steps, s.age = s.steps + 1, s.age + 1
         self._saw(qs, lse)
-        s.steps += 1
-        if self.plan.every and s.steps % self.plan.every == 0:
+        if s.age == self.plan.every:
             self.flush()
         self._trim()
         return o
@@ -252,7 +253,7 @@ class LayerKV(CacheLayerMixin):
         s.seen += len(qs)
         if s.store is not None:
             assert s.context is not None and s.start is not None
-            step = Observation(qs, lse, s.context, s.start)
+            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0)
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
@@ -277,7 +278,7 @@ class LayerKV(CacheLayerMixin):
     def flush(self) -> None:
         """Move everything older than the recent tokens into the store. The only place where shapes jump."""
         s = self.state
-        s.due = False
+        s.due, s.age = False, 0
         n = len(s.window) - self.plan.recent
         if n > 0:
             assert s.store is not None and s.obs is not None

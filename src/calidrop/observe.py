@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -18,14 +18,16 @@ class Observation(State):
     """Queries [B,Hq,W,D] with their log-sum-exp over everything they saw.
 
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
-    start: int64 [B], the column of its first real token (the number of left pads). jury: what the soft tokens behind a
-    prompt saw of it, for methods that have some, and with the queries of its last block only.
+    start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
+    last one) are of a prompt, not of generated tokens. jury: what the soft tokens behind a prompt saw of it, for
+    methods that have some, and with the queries of its last block only.
     """
 
     queries: Queries
     lse: Float[Tensor, "B Hq W"]
     context: Int[Tensor, " B"]
     start: Int[Tensor, " B"]
+    prompt: bool = False
     jury: Observation | None = None
 
     def index(self, t: Tokens) -> Int[Tensor, "B H N"]:
@@ -59,7 +61,7 @@ class Observation(State):
         return total
 
     def slice(self, start: int, stop: int) -> Observation:
-        return Observation(self.queries.slice(start, stop), self.lse[:, :, start:stop], self.context, self.start)
+        return replace(self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop])
 
     def last(self, n: int) -> Observation:
         width = len(self.queries)
@@ -73,13 +75,13 @@ class Observation(State):
         q = torch.cat([old.queries.q, new.queries.q], 2)
         pos = torch.cat([old.queries.pos, new.queries.pos], 1)
         lse = torch.cat([old.lse, new.lse], 2)
-        return Observation(Queries(q, pos, new.queries.scale, new.queries.softcap), lse, new.context, new.start)
+        return replace(new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse)
 
     def copied(self) -> Observation:
         """Holds only its own queries (a slice would keep the whole prompt's alive), and no mask of the model."""
         qs = self.queries
         own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
-        return Observation(own, self.lse.clone(), self.context, self.start)
+        return replace(self, queries=own, lse=self.lse.clone())
 
     def take_rows(self, rows: Tensor) -> None:
         qs = self.queries

@@ -199,17 +199,18 @@ def _arguments(signature: inspect.Signature) -> str:
     )
 
 
-def check_budget(name: str, budget: int | float, recent: int) -> None:
-    """A budget is a whole number of tokens above `recent`, or a fraction of the prompt in (0, 1)."""
+def check_budget(name: str, budget: int | float, recent: int, called: str = "recent") -> None:
+    """A budget is a whole number of tokens above `recent`, or a fraction of the prompt in (0, 1). called: the name of the
+    argument that `recent` is."""
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"{name}: budget must be tokens per kv head (int > 0) or a fraction in (0, 1), got {budget!r}")
     if isinstance(budget, float) and budget >= 1:
         raise ValueError(
             f"{name}: a float budget is a fraction of the prompt in (0, 1), got {budget!r}; for tokens write an int"
         )
-    check_int(f"{name}: recent", recent, 0)
+    check_int(f"{name}: {called}", recent, 0)
     if isinstance(budget, int) and recent >= budget:
-        raise ValueError(f"{name}: recent must be smaller than budget, got recent={recent} and budget={budget}")
+        raise ValueError(f"{name}: {called} must be smaller than budget, got {called}={recent} and budget={budget}")
 
 
 def check_int(what: str, value: Any, least: int) -> None:

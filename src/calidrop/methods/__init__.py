@@ -13,6 +13,7 @@ from calidrop.methods.int8 import int8
 from calidrop.methods.judge_q import judge_q
 from calidrop.methods.kivi import kivi
 from calidrop.methods.kvcrush import kvcrush
+from calidrop.methods.lazy_eviction import lazy_eviction
 from calidrop.methods.mikv import mikv
 from calidrop.methods.mixkvq import mixkvq
 from calidrop.methods.ott import ott
@@ -28,7 +29,7 @@ METHODS = {
     for build in (
         full,
         *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
-        *(judge_q, attention_predictor),
+        *(judge_q, lazy_eviction, attention_predictor),
         *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
         *(kvcrush, calidrop, mikv),
     )
