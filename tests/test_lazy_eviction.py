@@ -26,7 +26,7 @@ def bookkeeping(qkv, b, prompt, birth=True):
     """Yields after each generated token what each kv head holds: {token: (TS, MRI)}, oldest first."""
     q, k, _ = (x[b].double().numpy() for x in qkv)
     H, length, D = k.shape
-    held = [{j: (0, 0) for j in range(prompt)} for _ in range(H)]
+    held = [dict.fromkeys(range(prompt), (0, 0)) for _ in range(H)]
     for t in range(1, length - prompt + 1):
         now = prompt + t - 1
         for h, group in enumerate(np.split(q, H)):
@@ -60,8 +60,8 @@ def told(kv, b, h, steps):
 @pytest.mark.parametrize("birth", [True, False])
 @pytest.mark.parametrize(("H", "G"), [(2, 3), (3, 1)], ids=["gqa", "mha"])
 def test_what_is_held_and_its_statistics_after_every_step(H, G, birth):
-    """Positions, TS and MRI of each token, all steps: counters follow their tokens, evictions come each window steps and
-    never between, the last tokens stay."""
+    """Positions, TS and MRI of each token: counters follow their tokens, evictions come each window steps and never
+    between, the last tokens stay."""
     q, k, v = random_qkv(2, H, G, N, 6)
     v[..., 0] = torch.arange(N)  # tags
     qkv = q, k, v
@@ -165,7 +165,7 @@ def test_short_turns_are_evicted_too():
             feed(kv, tuple(x[:, :, fed : fed + size] for x in qkv))
             steps, fed = steps + (size == 1), fed + size
             if size == 7:
-                assert told(kv, 0, 0, 0) == before | {j: (0, 0) for j in range(fed - 7, fed)}
+                assert told(kv, 0, 0, 0) == before | dict.fromkeys(range(fed - 7, fed), (0, 0))
             if size == 1 and steps % WINDOW == 0:
                 assert {len(head) for head in positions(kv)[0]} == {BUDGET}
             # a window waits while another comes, and so do the prompts between its tokens

@@ -200,8 +200,8 @@ def _arguments(signature: inspect.Signature) -> str:
 
 
 def check_budget(name: str, budget: int | float, recent: int, called: str = "recent") -> None:
-    """A budget is a whole number of tokens above `recent`, or a fraction of the prompt in (0, 1). called: the name of the
-    argument that `recent` is."""
+    """A budget is a whole number of tokens above `recent`, or a fraction of the prompt in (0, 1). called: the name
+    that `recent` has as an argument."""
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"{name}: budget must be tokens per kv head (int > 0) or a fraction in (0, 1), got {budget!r}")
     if isinstance(budget, float) and budget >= 1:
