@@ -100,6 +100,8 @@ EVICTORS = {
     "expected_attention": "expected_attention(budget={0}, recent=3, every={1})",
     "pyramidkv": "pyramidkv(budget={0}, recent=6, every={1})",
     "adakv": "adakv(budget={0}, recent=6, every={1})",
+    "g_kv": "g_kv(budget={0}, recent=6, every={1})",
+    "r_kv": "r_kv(budget={0}, recent=6, every={1})",
     "kvcrush": "snapkv(budget={0}, recent=6, every={1})+kvcrush",
     "lazy_eviction": "lazy_eviction(budget={0}, window={1}, alpha=0.15)",
 }
@@ -117,10 +119,18 @@ def test_keeps_what_its_definition_says(recipe, shape):
         assert positions(kv)[b] == want
 
 
-@pytest.mark.parametrize("recipe", ["snapkv(budget=11, recent=6, every=5)", "tova(budget=2, every=5)"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "snapkv(budget=11, recent=6, every=5)",
+        "tova(budget=2, every=5)",
+        "g_kv(budget=7, recent=6, every=5)",
+        "r_kv(budget=13, recent=6, every=5, mix=1)",
+    ],
+)
 @pytest.mark.parametrize("needle", [0, 17, PROMPT - 8])
 def test_needle_stays(recipe, needle):
-    """SnapKV at a budget of its window and the 5 tokens over which pooling spreads the needle."""
+    """At a budget of the window and the tokens over which pooling spreads the needle."""
     q, k, v = random_qkv(2, 2, 3, N, 6)
     q[:, :, PROMPT - 6 :] = torch.tensor([4.0, 0, 0, 0, 0, 0])  # what the last queries look for
     k[..., 0] = k[..., 0].clamp(max=1)

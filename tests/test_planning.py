@@ -28,6 +28,7 @@ RECIPES = [
     "tova(budget=80)+int8",
     "expected_attention(budget=90)",
     "pyramidkv(budget=100)+calidrop",
+    "g_kv(budget=96)",
     "kivi(bits=4, group=16)",
     "snapkv(budget=128)+kivi(bits=2, group=16)",
     "mixkvq(group=16, block=32)",

@@ -32,6 +32,9 @@ EVICTORS = [
     "judge_q(budget=12, file=SOFT)",
     "judge_q(budget=13, recent=5, file=SOFT)+kvcrush",
     "lazy_eviction(budget=12, window=4, alpha=0.1)",
+    "g_kv(budget=13, recent=5, every=4)",
+    "g_kv(budget=0.3, recent=5, every=4, history='mean', pairs=True)",
+    "r_kv(budget=13, recent=5, every=4)",
     "h2o(budget=12, every=4)+kvcrush(share=0.4)",
     "adakv(budget=13, recent=5, every=4)+kvcrush(anchor='alternate')",
 ]
@@ -66,7 +69,7 @@ PREDICTORS = [predictor(24, dense=1), predictor(999)]
 RECIPES = [
     *ALONE,
     *EVICTORS,
-    *(f"{e}+{s}" for e in EVICTORS[2:4] + EVICTORS[-1:] for s in STORAGES),
+    *(f"{e}+{s}" for e in EVICTORS[2:4] + EVICTORS[10:12] + EVICTORS[-1:] for s in STORAGES),
     *(f"{e}+{r}" for e in EVICTORS for r in RESTS[:2]),
     *(f"h2o(budget=12, every=4)+{s}+{r}" for s in STORAGES for r in RESTS),
     # asks the host at every step, or selects everything

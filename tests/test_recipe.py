@@ -33,7 +33,7 @@ ODD_WAYS = {
     "kivi+(tova(budget=9)+calidrop)": "kivi+tova(budget=9)+calidrop",
     "snapkv(budget=1_000)": "snapkv(budget=1000)",
 }
-EVICTORS = ["streaming_llm", "h2o", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv"]
+EVICTORS = ["streaming_llm", "h2o", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv", "g_kv", "r_kv"]
 NAN, INF = math.nan, math.inf
 
 
@@ -133,7 +133,9 @@ def test_budget(name, budget):
     assert repr(budget) in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv"])
+@pytest.mark.parametrize(
+    "name", ["streaming_llm", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv", "g_kv", "r_kv"]
+)
 def test_recent_is_smaller_than_budget(name):
     for recent in (40, 41):
         with pytest.raises(ValueError, match=f"{name}.*recent={recent} and budget=40"):

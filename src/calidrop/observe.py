@@ -30,6 +30,11 @@ class Observation(State):
     prompt: bool = False
     jury: Observation | None = None
 
+    @property
+    def length(self) -> Int[Tensor, " B"]:
+        """The real tokens of the sequence so far, generated ones included."""
+        return self.queries.pos.amax(1).long() + 1 - self.start
+
     def index(self, t: Tokens) -> Int[Tensor, "B H N"]:
         """Where each token is in its own sequence, counted without pads."""
         return t.pos - self.start[:, None, None]
@@ -41,10 +46,14 @@ class Observation(State):
         p = torch.exp(s - finite(self.lse).view(*s.shape[:4], 1))
         return p.mean(2) if group == "mean" else p.amax(2)
 
-    def mean_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
+    def mean_weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H N"]:
         """`weights` averaged over the observed queries that are not pads."""
+        return self.mean(self.weights(t, group))
+
+    def mean(self, x: Float[Tensor, "B H W N"]) -> Float[Tensor, "B H N"]:
+        """Over the observed queries; those that are pads must have 0."""
         real = (self.queries.pos >= 0).sum(-1).clamp(min=1)
-        return self.weights(t).sum(2) / real[:, None, None]
+        return x.sum(2) / real[:, None, None]
 
     def total_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
         """`weights` summed over the queries, in blocks: the column sums of an attention matrix that is never held.

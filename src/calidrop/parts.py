@@ -96,15 +96,17 @@ class Selector(Part, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Evictor(Selector):
-    """Ranks tokens and keeps the best. amount: how many per kv head besides the recent ones. keep: marks so many."""
+    """Ranks tokens and keeps the best. amount: how many per kv head besides the recent ones. keep: marks so many.
+    growing: amount is asked with the tokens there are so far instead of those of the prompt."""
 
     score: Callable[[Layer], Score]
     amount: Amount
+    growing: bool = False
     keep: Callable[[Layer, Amount], Budget] = lambda layer, n: top_k(n)
 
     def store(self, layer: Layer, kept: Callable[[], Store], rest: Store | None, stand: Deputies | None) -> Store:
         budget = stand.keep(layer, self) if stand else self.keep(layer, self.amount)
-        return Split(self.score(layer), budget, kept(), rest or Discard())
+        return Split(self.score(layer), budget, kept(), rest or Discard(), self.growing)
 
 
 @dataclass(frozen=True)

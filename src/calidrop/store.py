@@ -177,16 +177,18 @@ class Discard(Store):
 
 
 class Split(Store):
-    """Rank by `score`, keep what `budget` marks in one store, pass the rest to another. Nests."""
+    """Rank by `score`, keep what `budget` marks in one store, pass the rest to another. Nests.
 
-    def __init__(self, score: Score, budget: Budget, kept: Store, rest: Store):
-        self.score, self.budget, self.kept, self.rest = score, budget, kept, rest
+    growing: the budget is told how long the sequence is by now instead of how long its prompt was."""
+
+    def __init__(self, score: Score, budget: Budget, kept: Store, rest: Store, growing: bool = False):
+        self.score, self.budget, self.kept, self.rest, self.growing = score, budget, kept, rest, growing
 
     def add(self, t: Tokens, obs: Observation) -> None:
         t = Tokens.cat([*self.kept.open(), t])
         if not t.dense:  # a score may look at neighbours, so no empty slot may lie between two tokens
             t = t.select(t.valid)
-        keep = self.budget(self.score(t, obs), t.pos, obs.context)
+        keep = self.budget(self.score(t, obs), t.pos, obs.length if self.growing else obs.context)
         self.kept.add(t.select(keep), obs)
         evicted = t.select(~keep)
         if len(evicted):

@@ -7,6 +7,7 @@ from calidrop.methods.decoquant import decoquant
 from calidrop.methods.expected_attention import expected_attention
 from calidrop.methods.fp8 import fp8
 from calidrop.methods.full import full
+from calidrop.methods.g_kv import g_kv
 from calidrop.methods.h2o import h2o
 from calidrop.methods.int4 import int4
 from calidrop.methods.int8 import int8
@@ -18,6 +19,7 @@ from calidrop.methods.mikv import mikv
 from calidrop.methods.mixkvq import mixkvq
 from calidrop.methods.ott import ott
 from calidrop.methods.pyramidkv import pyramidkv
+from calidrop.methods.r_kv import r_kv
 from calidrop.methods.recalkv import recalkv
 from calidrop.methods.snapkv import snapkv
 from calidrop.methods.streaming_llm import streaming_llm
@@ -29,7 +31,7 @@ METHODS = {
     for build in (
         full,
         *(streaming_llm, h2o, tova, snapkv, expected_attention, pyramidkv, adakv),
-        *(judge_q, lazy_eviction, attention_predictor),
+        *(judge_q, lazy_eviction, g_kv, r_kv, attention_predictor),
         *(kivi, int8, int4, fp8, ott, mixkvq, decoquant, think, recalkv),
         *(kvcrush, calidrop, mikv),
     )
