@@ -8,15 +8,16 @@ out = model.generate(**inputs, cache=cache, max_new_tokens=64)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calidrop.adapter import adapt as adapt
     from calidrop.cache import KVCache as KVCache
     from calidrop.models import load as load
     from calidrop.planning import plan as plan
     from calidrop.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
-__all__ = ["KVCache", "Recipe", "load", "plan"]
+__all__ = ["KVCache", "Recipe", "adapt", "load", "plan"]
 
-_HOME = {"KVCache": "cache", "Recipe": "recipe", "load": "models", "plan": "planning"}
+_HOME = {"KVCache": "cache", "Recipe": "recipe", "adapt": "adapter", "load": "models", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:

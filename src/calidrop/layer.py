@@ -53,11 +53,13 @@ class LayerKV(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, make: Callable[[], Plan], reach: int | None = None, eager: bool = False):
+    def __init__(self, make: Callable[[], Plan], reach: int | None = None, eager: bool = False, replay: bool = False):
         """make: builds the plan (again at `reset`). reach: how far back this layer can see at all, when bounded; such a
-        layer keeps just that, exact. eager: compress a prompt as soon as it was attended."""
+        layer keeps just that, exact. eager: compress a prompt as soon as it was attended. replay: what comes after the
+        first block of tokens was generated after it, though it may come in blocks, which end where a step would
+        compress."""
         super().__init__()
-        self.make, self.reach, self.eager = make, reach, eager
+        self.make, self.reach, self.eager, self.replay = make, reach, eager, replay
         self.config: weakref.ref | None = None
         self.reset()
 
@@ -225,8 +227,12 @@ class LayerKV(CacheLayerMixin):
         real = qs.pos >= 0
         first = torch.where(real.any(1), real.int().argmax(1), len(qs))
         s.start = torch.where(s.context == 0, s.seen + first, s.start if s.start is not None else 0)
-        s.context = s.context + s.steps + real.sum(1)
-        s.steps, s.due = 0, s.store is not None and self.plan.prompts
+        if self.replay and s.seen:
+            s.steps, s.age = s.steps + len(qs), s.age + len(qs)
+            s.due = s.age == self.plan.every
+        else:
+            s.context = s.context + s.steps + real.sum(1)
+            s.steps, s.due = 0, s.store is not None and self.plan.prompts
         self._saw(qs, lse)
         self._trim(slack=0)
 

@@ -4,6 +4,7 @@ imports torch is imported inside a function, so that `--help` answers at once.""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -79,6 +80,12 @@ def read_text(path: Path | None) -> str:
 def check_writable(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError(f"cannot write {path}: a folder, or in a folder that does not exist")
+
+
+def need(*packages: str, extra: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this needs {' and '.join(missing)}: pip install 'calidrop[{extra}]'")
 
 
 def one_line(text: str) -> Text:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from calidrop.terminal import Model, Threads, bars, check_writable, load_model, read_text, stdout
+from calidrop.terminal import Model, Threads, bars, check_writable, load_model, need, read_text, stdout
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -127,3 +128,56 @@ def attention_predictor(
     stdout().print(f"{out}: {sum(x.numel() for x in made.weights.values())} parameters", highlight=False)
     if found is not None:
         stdout().print(shown(found), highlight=False)
+
+
+class How(str, Enum):
+    distill = "distill"
+    rl = "rl"
+
+
+@app.command("g-kv")
+def g_kv(
+    how: Annotated[How, typer.Option(help="The full cache teaches; or GRPO, with a checked reward.")] = How.distill,
+    recipe: Annotated[str, typer.Option(help="As it will be used.")] = "g_kv(budget=64, every=32)",
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="A folder; default: g-kv-MODEL-HOW here.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with question and answer; default: GSM8K's.")] = None,
+    held_out: Annotated[int, typer.Option(min=1, help="The last rows, for measuring only.")] = 24,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 40 (distill), 20 (rl).")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate; default: 2e-4 (distill), 1e-4 (rl).")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="distill: rows a step.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="rl: questions a step.")] = 1,
+    samples: Annotated[int, typer.Option(min=2, help="rl: answers to each.")] = 8,
+    new: Annotated[int, typer.Option(min=1, help="rl: tokens of an answer, at most.")] = 96,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA adapter.")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Threads = None,
+) -> None:
+    """A LoRA adapter for a model whose cache evicts. A run that was stopped continues where it was."""
+    need("trl", "peft", extra="train")
+    name = model or "smollm2"
+    out = out or Path(f"g-kv-{Path(name).name}-{how.value}")
+    check_writable(out)
+    lm, tokenizer = load_model(model, threads)
+    from datasets import disable_progress_bars
+
+    from calidrop.train import _gsm8k
+
+    disable_progress_bars()
+    given: dict[str, Any] = {"held_out": held_out, "rank": rank, "seed": seed}
+    given |= {n: x for n, x in (("steps", steps), ("rate", rate)) if x is not None}
+    given |= {"batch": batch} if how is How.distill else {"prompts": prompts, "samples": samples, "new": new}
+    said = ["calidrop", "train", "g-kv", "--how", how.value, "--recipe", recipe, "--model", name, "--out", str(out)]
+    said += [] if data is None else ["--data", str(data)]
+    said += [word for n, x in given.items() for word in ("--" + n.replace("_", "-"), str(x))]
+    if how is How.distill:
+        from calidrop.train.distill import train
+    else:
+        from calidrop.train.reinforce import train
+    with bars("training", remaining=True) as tick:
+        told = train(lm, tokenizer, _gsm8k.rows(data), out, recipe, name=name, command=shlex.join(said),
+                     progress=tick, **given)  # fmt: skip
+    pairs = (f"{n} {told['before'][n]:.4f} -> {x:.4f}" for n, x in told["after"].items() if x != told["before"][n])
+    stdout().print(f"{out}: on {held_out} held-out rows, {', '.join(pairs)}", highlight=False)
