@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import pad
 
 from calidrop.parts import check_int, check_number

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from calidrop.cache import KVCache
 from calidrop.parts import check_int, check_number
@@ -64,7 +65,7 @@ class SparseTrainer(GRPOTrainer):
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, data: list[Row], recipe: Any, new: int, batch: int = 8) -> dict[str, float]:
     """Mean reward of greedy answers under the recipe, and how many are right."""
-    base, got = model.get_base_model(), []
+    base, got = model.eval().get_base_model(), []
     for i in range(0, len(data), batch):
         part = data[i : i + batch]
         inputs = tokenizer.apply_chat_template(
@@ -129,7 +130,6 @@ def train(
     )
 
     def check() -> dict[str, float]:
-        trainer.model.eval()
         return measure(trainer.model, tokenizer, data[-held_out:], recipe, new)
 
     job.measured(check)
