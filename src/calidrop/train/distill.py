@@ -24,7 +24,7 @@ from trl.trainer.utils import pad
 
 from calidrop.parts import check_int, check_number
 from calidrop.train._gsm8k import Row, answered, asked
-from calidrop.train._lora import Job, Progress, lora
+from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, check_sparse, under
 
 Batch = dict[str, Any]
@@ -121,18 +121,17 @@ def train(
     length: tokens after which a row is cut. name, command: written into the folder. A killed run continues from `out`
     .part. Raises ValueError for a recipe that does more than evict, and where `out` or its .part is something else's.
     """
-    for what, value, least in (("held_out", held_out, 1), ("steps", steps, 1), ("batch", batch, 1), ("rank", rank, 1)):
-        check_int(what, value, least)
+    for what, value in (("steps", steps), ("batch", batch), ("rank", rank), ("length", length)):
+        check_int(what, value, 1)
     check_number("rate", rate, 0.0)
     check_number("temperature", temperature, 1e-3)
-    if len(data) <= held_out:
-        raise ValueError(f"data: need more than the {held_out} rows that are held out, got {len(data)}")
+    rows, held = split(data, held_out)
     settings = {"method": "distill", "name": name, "recipe": str(check_sparse(recipe)), "rows": len(data)}
     settings |= {"held_out": held_out, "steps": steps, "batch": batch, "rate": rate, "temperature": temperature}
     settings |= {"rank": rank, "length": length, "seed": seed}
     job = Job(model, out, settings, command)
     sets = [Dataset.from_list([{"prompt": asked(row), "completion": answered(row)} for row in part])
-            for part in (data[:-held_out], data[-held_out:])]  # fmt: skip
+            for part in (rows, held)]  # fmt: skip
     cpu = model.device.type == "cpu"
     config = SFTConfig(
         **job.arguments(steps, batch, rate, seed, cpu), lr_scheduler_type="cosine", max_length=length,

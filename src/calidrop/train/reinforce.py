@@ -24,7 +24,7 @@ from calidrop.cache import KVCache
 from calidrop.parts import check_int, check_number
 from calidrop.plugin import using
 from calidrop.train._gsm8k import Row, asked, reward, score
-from calidrop.train._lora import Job, Progress, lora
+from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, Trace, check_sparse, under
 
 
@@ -105,15 +105,12 @@ def train(
     answer at most. The reward is 1 for the right last number, else half the fraction of the reference's intermediate
     results that are mentioned. The rest as in `distill.train`.
     """
-    for what, value, least in (
-        ("held_out", held_out, 1), ("steps", steps, 1), ("prompts", prompts, 1), ("samples", samples, 2),
-        ("new", new, 1), ("rank", rank, 1),
-    ):  # fmt: skip
-        check_int(what, value, least)
+    for what, value in (("steps", steps), ("prompts", prompts), ("new", new), ("rank", rank)):
+        check_int(what, value, 1)
+    check_int("samples", samples, 2)
     check_number("rate", rate, 0.0)
     check_number("temperature", temperature, 1e-3)
-    if len(data) <= held_out:
-        raise ValueError(f"data: need more than the {held_out} rows that are held out, got {len(data)}")
+    rows, held = split(data, held_out)
     settings = {"method": "rl", "name": name, "recipe": str(check_sparse(recipe)), "rows": len(data)}
     settings |= {"held_out": held_out, "steps": steps, "prompts": prompts, "samples": samples, "new": new}
     settings |= {"rate": rate, "temperature": temperature, "rank": rank, "seed": seed}
@@ -124,13 +121,13 @@ def train(
         gradient_accumulation_steps=prompts, num_generations=samples, max_completion_length=new,
         temperature=temperature, top_p=0.95, beta=0.0, loss_type="dapo",
     )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": asked(row), "answer": row["answer"]} for row in data[:-held_out]])
+    ask = Dataset.from_list([{"prompt": asked(row), "answer": row["answer"]} for row in rows])
     trainer = SparseTrainer(
-        model, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora(rank), recipe=recipe
+        model, reward, config, train_dataset=ask, processing_class=tokenizer, peft_config=lora(rank), recipe=recipe
     )
 
     def check() -> dict[str, float]:
-        return measure(trainer.model, tokenizer, data[-held_out:], recipe, new)
+        return measure(trainer.model, tokenizer, held, recipe, new)
 
     job.measured(check)
     job.run(trainer, "reinforcing", progress)
