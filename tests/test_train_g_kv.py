@@ -255,7 +255,7 @@ def test_wrong_use_is_refused(kwargs, reason, tmp_path):
 def test_the_real_model_learns_under_the_mask_it_generates_with(smollm2):
     """(h5) And a few steps on two answers bring it nearer to what it says with everything in its cache."""
     lm, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    recipe, features = "g_kv(budget=64, every=32)", []
+    recipe, features = "g_kv(budget=32, every=16, recent=8)", []
     for row in rows(None)[:2]:
         text = tokenizer.apply_chat_template(asked(row), add_generation_prompt=True, tokenize=False)
         asks, more = (tokenizer(x)["input_ids"] for x in (text, answered(row)[0]["content"]))
@@ -273,7 +273,7 @@ def test_the_real_model_learns_under_the_mask_it_generates_with(smollm2):
             at = {"position_ids": given["position_ids"][:, i : i + 1], "attention_mask": mask[:, : i + 1]}
             out.append(lm(ids[:, i : i + 1], **at, **using(cache)).logits)
         assert worst(student[real], torch.cat(out, 1)[real]) < 2e-3
-    steps, optimizer = [], torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=5e-4)
+    steps, optimizer = [], torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=2e-4)
     for _ in range(4):
         teacher, student, real = distill.both(learner, given, recipe)
         loss = distill.divergence(teacher, student)[real].mean()
@@ -281,4 +281,4 @@ def test_the_real_model_learns_under_the_mask_it_generates_with(smollm2):
         loss.backward()
         optimizer.step()
         steps.append(loss.item())
-    assert steps[-1] < 0.8 * steps[0]
+    assert steps[-1] < 0.7 * steps[0], steps
