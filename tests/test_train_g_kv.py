@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import shutil
 
 import pytest
@@ -10,9 +11,11 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import calidrop
 from calidrop.adapter import ABOUT
+from calidrop.cli import app
 from calidrop.plugin import using
 from calidrop.train._gsm8k import answered, asked, numbers, reward, rows, score
 from tiny import tiny, worst
@@ -210,6 +213,22 @@ def test_reinforcing_trains_on_what_the_rollouts_saw(tmp_path, monkeypatch):
     assert told["before"]["rows"] == told["after"]["rows"] == 3
     assert "generate" not in vars(lm)
     calidrop.adapt(model(), out)
+
+
+def test_command(tmp_path, monkeypatch):
+    """What it writes into the folder is what to call again."""
+    lm, out = tmp_path / "lm", tmp_path / "made"
+    model().save_pretrained(lm)
+    letters().save_pretrained(lm)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in sums(6)))
+    said = ["train", "g-kv", "--how", "distill", "--recipe", RECIPE, "--model", str(lm), "--out", str(out)]
+    said += ["--data", str(data), "--held-out", "2", "--rank", "2", "--seed", "3", "--steps", "2", "--batch", "2"]
+    assert "on 2 held-out rows, kl " in CliRunner().invoke(app, said, catch_exceptions=False).output
+    assert shlex.split(json.loads((out / ABOUT).read_text())["command"]) == ["calidrop", *said]
+    assert "cannot write" in CliRunner().invoke(app, said).output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "this needs trl and peft: pip install 'calidrop[train]'" in CliRunner().invoke(app, said).output
 
 
 def test_reward():
