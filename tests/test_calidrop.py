@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from calidrop import ops
 from calidrop.attention import Queries, attend, merge
 from calidrop.methods._summary import Summary
 from calidrop.methods.calidrop import Answer, Calibrated
@@ -228,7 +229,7 @@ def test_a_summary_with_room_for_every_token_is_exact():
     summary = Summary(23)
     summary.add(t, observed(torch.randn(2, 6, 32, D)))
     qs = Queries(torch.randn(2, 6, 4, D), torch.full((2, 4), 500), D**-0.5)
-    for got, want in zip(summary.attend(qs), attend(qs, t.k, t.v, t.pos), strict=True):
+    for got, want in zip(ops.joined(qs, [summary.piece()]), attend(qs, t.k, t.v, t.pos), strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -254,7 +255,7 @@ def test_summary_follows_decode_time_eviction():
     kv, _ = outputs("h2o(budget=40, every=4)+calidrop(offload=False, summary=8)", (q, *qkv[1:]), 60)
     twin, _ = outputs("h2o(budget=40, every=4)+calidrop(recompute=2)", (q, *qkv[1:]), 60)
     qs = Queries(q[:, :, -1:], torch.full((2, 1), 500), D**-0.5)
-    _, lse = kv.state.store.rest.attend(qs)[0]
+    _, lse = ops.joined(qs, kv.state.store.rest.attend(qs))
     _, want = merge([attend(qs, t.k, t.v, t.pos) for t in twin.state.store.rest.tokens()])
     assert (lse - want).abs().mean() < 0.35
 

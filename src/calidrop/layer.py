@@ -8,7 +8,7 @@ someone asks for the size. Until then it may still grow, and compressing early w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,7 @@ class LayerKV(CacheLayerMixin):
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
+        self.by = ""  # who answered last
         self.is_initialized = False
 
     # ---- called by transformers
@@ -196,7 +197,10 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
-        o, lse = answer(qs, [*parts, ops.piece(s.window.tokens())], sink)
+        parts = [*parts, ops.piece(s.window.tokens())]
+        backend = ops.pick(qs, parts)
+        self.by = backend.name
+        o, lse = with_sink(qs, backend.decode(qs, parts), sink)
         s.steps, s.age = s.steps + 1, s.age + 1
         self._saw(qs, lse)
         if s.age == self.plan.every:
@@ -216,7 +220,7 @@ class LayerKV(CacheLayerMixin):
                 parts.append(ops.attend(qs, s.window.tokens()))
             parts.append(ops.prompt(qs, new, self.reach))
             s.window.append(new)
-        o, lse = answer(qs, parts, sink)
+        o, lse = with_sink(qs, ops.joined(qs, parts), sink)
         self._prompted(qs, lse)
         return torch.cat([o, self._heard(qs, jury, sink)], 2) if self.jurors else o
 
@@ -248,7 +252,7 @@ class LayerKV(CacheLayerMixin):
             aside: Store = s.store.fork()  # type: ignore[assignment]  what a store notes as it answers is not for them
             parts += aside.attend(soft)
         parts += [ops.attend(soft, s.window.tokens()), ops.prompt(soft, own, self.reach)]
-        o, lse = answer(soft, parts, sink)
+        o, lse = with_sink(soft, ops.joined(soft, parts), sink)
         if s.obs is not None:
             assert s.context is not None and s.start is not None
             s.obs = replace(s.obs, jury=Observation(soft, lse, s.context, s.start).copied())
@@ -298,7 +302,8 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         kind = f"sees only the last {self.reach} tokens, exact" if self.reach is not None else "exact window"
         store = f"; {s.store.describe()}" if s.store is not None else ""
-        return f"{kind} {len(s.window)}{store}"
+        by = f"; last answered by {self.by}" if s.steps and "torch" in self.by else ""
+        return f"{kind} {len(s.window)}{store}{by}"
 
 
 def asked(
@@ -311,9 +316,9 @@ def asked(
     return Queries(q, pos, scale, softcap, mask.visible), new
 
 
-def answer(qs: Queries, parts: Sequence[Partial | Piece], sink: Tensor | None) -> Partial:
-    """The parts joined, with the sink as a token without a value; o in the dtype of the queries."""
-    o, lse = ops.joined(qs, parts)
+def with_sink(qs: Queries, found: Partial, sink: Tensor | None) -> Partial:
+    """An answer joined with the sink, a token without a value; o in the dtype of the queries."""
+    o, lse = found
     if sink is not None:
         logit = sink.float()[:, None]
         o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)

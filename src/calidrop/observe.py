@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calidrop.attention import SCORE_BYTES, Queries, finite, logits
+from calidrop import ops
+from calidrop.attention import Queries, finite, logits
 from calidrop.state import State
 from calidrop.tokens import Tokens
 
@@ -48,26 +49,20 @@ class Observation(State):
 
     def mean_weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H N"]:
         """`weights` averaged over the observed queries that are not pads."""
+        if group == "mean":
+            return self.total_weights(t) / self._real()
         return self.mean(self.weights(t, group))
 
     def mean(self, x: Float[Tensor, "B H W N"]) -> Float[Tensor, "B H N"]:
         """Over the observed queries; those that are pads must have 0."""
-        real = (self.queries.pos >= 0).sum(-1).clamp(min=1)
-        return x.sum(2) / real[:, None, None]
+        return x.sum(2) / self._real()
+
+    def _real(self) -> Tensor:
+        return (self.queries.pos >= 0).sum(-1).clamp(min=1)[:, None, None]
 
     def total_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
-        """`weights` summed over the queries, in blocks: the column sums of an attention matrix that is never held.
-
-        Tokens must be in the order of their positions, with empty slots anywhere."""
-        B, Hq, W, _ = self.queries.q.shape
-        block = min(max(1, SCORE_BYTES // max(1, 4 * B * Hq * len(t))), 256)
-        total = torch.zeros(t.pos.shape, device=t.pos.device)
-        for start in range(0, W, block):
-            part = self.slice(start, min(start + block, W))
-            later = t.pos > part.queries.pos.max()
-            n = int((~later).nonzero()[:, 2].max()) + 1 if W > 1 else len(t)  # what the whole block is too early to see
-            total[:, :, :n] += part.weights(t.slice(0, n)).sum(2)
-        return total
+        """`weights` summed over the queries: the column sums of an attention matrix that is never held."""
+        return ops.mass(self.queries, self.lse, t)
 
     def slice(self, start: int, stop: int) -> Observation:
         return replace(self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calidrop.ops import gpu
+
 LARGEST = torch.finfo(torch.float16).max
 
 
@@ -53,6 +55,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return (word >> torch.arange(0, 24, 3, device=packed.device)).bitwise_and(7).to(torch.uint8).flatten(-2)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` and `pack`. x: [..., group], which fills whole bytes -> packed [..., group*bits/8], scale, zero."""
+    if bits != 3 and gpu.runs(x.device):
+        return gpu.rounded(x, bits)
+    codes, scale, zero = quantize(x, bits)
+    return pack(codes, bits), scale, zero
 
 
 def whole_bytes(n: int, bits: int) -> bool:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from calidrop import ops
 from calidrop.cache import KVCache
 from calidrop.compare import now
-from calidrop.layer import LayerKV, answer, asked
+from calidrop.layer import LayerKV, asked, with_sink
 from calidrop.plugin import Handle, PositionMask, using
 
 
@@ -98,7 +98,7 @@ class _TeeLayer(CacheLayerMixin):
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
         qs, new = asked(q, k, v, mask, 0, scale, softcap)
-        o, lse = answer(qs, [ops.prompt(qs, new, self.reach)], sink)
+        o, lse = with_sink(qs, ops.prompt(qs, new, self.reach), sink)
         for i, layer in enumerate(self.layers):
             start = now(q)
             layer.learn(qs, new, lse)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calidrop.coded import Coded
 from calidrop.hadamard import hadamard
-from calidrop.quant import dequantize, pack, quantize, unpack
+from calidrop.quant import dequantize, rounded, unpack
 
 
 class PerToken(Coded):
@@ -25,8 +25,7 @@ class PerToken(Coded):
         data = {}
         for name, x in (("k", k), ("v", v)):
             x = hadamard(x.float()) if self.rotate else x
-            codes, data[f"{name}_scale"], data[f"{name}_zero"] = quantize(x, self.bits)
-            data[name] = pack(codes, self.bits)
+            data[name], data[f"{name}_scale"], data[f"{name}_zero"] = rounded(x, self.bits)
         return data
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,6 +69,9 @@ class Float8(Coded):
             for n in ("k", "v")
         )
         return k, v
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": "e4m3", "bits": 8}
 
     def format(self) -> str:
         return "e4m3 per token,"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries, attend, finite, logits
+from calidrop import ops
+from calidrop.attention import finite, logits
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.state import State
 from calidrop.tokens import Tokens
 
@@ -31,9 +33,9 @@ class Summary(State):
             bias = torch.cat([self.bias, bias], 2)
         self.k, self.v, self.bias = summarise(k, v, bias, obs, self.size)
 
-    def attend(self, qs: Queries) -> Partial:
+    def piece(self) -> Piece:
         assert self.k is not None and self.v is not None and self.bias is not None
-        return attend(qs, self.k, self.v, slots(self.bias), self.bias.nan_to_num(neginf=0.0))
+        return ops.piece(Tokens(self.k, self.v, slots(self.bias)), self.bias.nan_to_num(neginf=0.0))
 
 
 def slots(bias: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Calibrated(Store):
         if self.value_dim == 0:
             return []
         if self.summary is not None and summarised:
-            return [self.summary.attend(qs)]
+            return [self.summary.piece()]
         if self.log is not None and exact:
             return [merge([ops.attend(qs, _tokens(chunk)) for chunk in self.log.chunks()])]
         assert near is not None and self.q is not None and self.answer is not None
@@ -120,7 +120,7 @@ class Calibrated(Store):
             lse = lse + qs.scale * drift[..., 0]
         parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*near.shape, -1), _where(applied, lse))]
         if self.summary is not None:
-            o, lse = self.summary.attend(qs)
+            o, lse = ops.joined(qs, [self.summary.piece()])
             parts.append((o, _where(~applied, lse)))
         return parts
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from calidrop.coded import Coded
 from calidrop.parts import Layer, Storage, check_choice, check_int, method
-from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
+from calidrop.quant import dequantize, rounded, unpack, whole_bytes
 from calidrop.store import Store
 
 
@@ -12,11 +12,11 @@ def encode(k: Tensor, v: Tensor, bits: int, channels: int) -> dict[str, Tensor]:
     """k, v: [B,H,units,group,D]. Keys per channel over the unit, values per token over groups of `channels`.
 
     -> k [B,H,units,D,group*bits/8], v [B,H,units,group,D*bits/8], and their scales and zeros."""
-    k_codes, k_scale, k_zero = quantize(k.transpose(-1, -2), bits)
-    v_codes, v_scale, v_zero = quantize(v.unflatten(-1, (-1, channels)), bits)
+    k, k_scale, k_zero = rounded(k.transpose(-1, -2), bits)
+    v, v_scale, v_zero = rounded(v.unflatten(-1, (-1, channels)), bits)
     return {
-        "k": pack(k_codes, bits), "k_scale": k_scale, "k_zero": k_zero,
-        "v": pack(v_codes.flatten(-2), bits), "v_scale": v_scale, "v_zero": v_zero,
+        "k": k, "k_scale": k_scale, "k_zero": k_zero,
+        "v": v.flatten(-2), "v_scale": v_scale, "v_zero": v_zero,
     }  # fmt: skip
 
 

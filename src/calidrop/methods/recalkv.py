@@ -39,8 +39,11 @@ class Latents(Store):
 
     def _keys(self, z: Tokens) -> Tensor:
         assert self.start is not None
-        k = self.basis.keys_of(z.k[:, 0])
-        return (self.rope.rotate(k, z.pos - self.start[:, None, None]) * self.scaling).to(self.dtype)
+        basis, pos = self.basis, z.pos - self.start[:, None, None]
+        if ops.gpu.runs(pos.device):
+            freq = self.rope.inv_freq.to(pos.device)
+            return ops.gpu.keys(z.k[:, 0], pos[:, 0], basis.keys, basis.key_bias, basis.at, freq, self.scaling)
+        return (self.rope.rotate(basis.keys_of(z.k[:, 0]), pos) * self.scaling).to(self.dtype)
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         parts = []

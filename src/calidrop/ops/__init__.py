@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries, grouped, merge
+from calidrop.attention import SCORE_BYTES, Partial, Queries, finite, grouped, logits, merge
 from calidrop.attention import attend as oracle
-from calidrop.ops import cpu
+from calidrop.ops import cpu, gpu
 from calidrop.ops.piece import Piece
 from calidrop.tokens import Tokens
 
@@ -92,22 +93,80 @@ def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
     return o, lse
 
 
-def piece(t: Tokens) -> Piece:
-    """Tokens for `joined`, without a copy; k and v must have a stride of 1 in their last dim."""
-    columns = {"k": t.k, "v": t.v} if t.dense else {"k": t.k, "v": t.v, "pos": t.pos}
-    return Piece("exact", columns, None, t.k.shape[1], t.v.shape[-1], lambda qs: attend(qs, t))
+def piece(t: Tokens, bias: Tensor | None = None) -> Piece:
+    """Tokens for `joined`, without a copy; k and v must have a stride of 1 in their last dim. bias: fp32 [B,H,N]."""
+    columns = {"k": t.k, "v": t.v}
+    if not t.dense:
+        columns["pos"] = t.pos
+    if bias is not None:
+        columns["bias"] = bias
+    return Piece("exact", columns, None, t.k.shape[1], t.v.shape[-1], lambda qs: attend(qs, t, bias), len(t))
 
 
-def joined(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
-    """The answer of the union of disjoint sets: by one kernel where there is one for all of them, else by torch one
-    after the other. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
-    if cpu.takes(qs, parts):
-        return cpu.decode(qs, parts)
+@dataclass(frozen=True)
+class Backend:
+    """Who answers for stored pieces: a kernel, or torch and why."""
+
+    name: str
+    decode: Callable[[Queries, Sequence[Partial | Piece]], Partial]
+
+
+CPU = Backend("the kernel for CPUs", cpu.decode)
+GPU = Backend("the Triton kernel", gpu.decode)
+
+
+def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
+    """One kernel for all the pieces that it can read, torch for the others."""
+    own, kernel = (gpu, GPU) if _triton(qs.q.device) else (cpu, CPU)
+    pieces = [p for p in parts if isinstance(p, Piece)]
+    if why := own.refusal(qs) if pieces else "no stored token is asked":
+        return Backend(f"torch ({why})", _merged)
+    unread = {id(p): why for p in pieces if (why := own.unread(p, qs))}
+    if not unread:
+        return kernel
+    why = "; ".join(sorted(set(unread.values())))
+    if len(unread) == len(pieces):
+        return Backend(f"torch ({why})", _merged)
+
+    def both(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+        return kernel.decode(qs, [p.answer(qs) if isinstance(p, Piece) and id(p) in unread else p for p in parts])
+
+    return Backend(f"{kernel.name} and torch ({why})", both)
+
+
+def _triton(device: torch.device) -> bool:
+    return device.type != "cpu" or gpu.runs(device)
+
+
+def _merged(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     return merge([p.answer(qs) if isinstance(p, Piece) else p for p in parts])
 
 
+def joined(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+    """The answer of the union of disjoint sets. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
+    return pick(qs, parts).decode(qs, parts)
+
+
 def backend(device: torch.device) -> str:
-    """What decodes exact tokens on this device."""
-    if device.type == "cpu":
-        return f"torch flash (no kernel: {cpu.kernel().reason})" if cpu.kernel().reason else "the kernel for CPUs"
-    return "torch efficient attention" if device.type == "cuda" else "torch oracle"
+    """What decodes on this device, where it can read the format."""
+    if _triton(device):
+        return f"torch (no kernel: {gpu.reason(device)})" if gpu.reason(device) else GPU.name
+    return f"torch flash (no kernel: {cpu.kernel().reason})" if cpu.kernel().reason else CPU.name
+
+
+def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
+    """Softmax weights summed over the queries, mean over each kv head's group: fp32 [B,H,N]. lse: [B,Hq,W], over
+    everything the queries saw. No queries x tokens matrix is held."""
+    if qs.visible is None and qs.q.shape[-1] <= gpu.MOST_CHANNELS and gpu.runs(qs.q.device):
+        return gpu.mass(qs, lse, t)
+    B, Hq, W, _ = qs.q.shape
+    block = min(max(1, SCORE_BYTES // max(1, 4 * B * Hq * len(t))), 256)
+    total = torch.zeros(t.pos.shape, device=t.pos.device)
+    for start in range(0, W, block):
+        part, norm = qs.slice(start, start + block), lse[:, :, start : start + block]
+        n = len(t)
+        if W > 1:  # what the whole block is too early to see, where tokens are in the order of their positions
+            n = int((t.pos <= part.pos.max()).nonzero()[:, 2].max()) + 1
+        s = logits(part, t.k[:, :, :n], t.pos[:, :, :n])  # [B,H,G,W,n]
+        total[:, :, :n] += torch.exp(s - finite(norm).view(*s.shape[:4], 1)).mean(2).sum(2)
+    return total

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
+from calidrop.ops import piece
 from calidrop.ops.piece import Piece
 
 SOURCES = Path(__file__).with_name("cpp")  # decode.cpp and what it includes
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
-MOST_QUERIES = 8
 KINDS = {"exact": 0, "per token": 1, "per channel": 2}
 ANSWERED = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -51,8 +51,8 @@ class Kernel:
 
     def __init__(self, *flags: str) -> None:
         self.reason, self.run = "", None
-        if os.environ.get("CALIDROP_KERNEL") == "torch":
-            self.reason = "CALIDROP_KERNEL=torch"
+        if wish := os.environ.get("CALIDROP_KERNEL"):
+            self.reason = f"CALIDROP_KERNEL={wish}"
             return
         try:
             library = ctypes.CDLL(str(_built((*FLAGS, *flags))))
@@ -117,20 +117,22 @@ def _share_openmp() -> None:
     ctypes.CDLL(next((p for p in runtimes if "torch" in p), runtimes[0]), mode=ctypes.RTLD_GLOBAL)
 
 
-def takes(qs: Queries, parts: Sequence[Partial | Piece]) -> bool:
-    """Whether `decode` can answer all of this."""
-    if qs.q.device.type != "cpu" or qs.visible is not None or len(qs) > MOST_QUERIES or qs.q.dtype not in DTYPES:
-        return False
-    pieces = [p for p in parts if isinstance(p, Piece)]
-    return bool(pieces) and all(_fits(p, qs.q.shape[-1]) for p in pieces) and kernel().run is not None
+def refusal(qs: Queries) -> str:
+    """Why `decode` cannot answer these queries; "" where it can."""
+    return kernel().reason or piece.refusal(qs)
 
 
-def _fits(x: Piece, head_dim: int) -> bool:
+def unread(x: Piece, qs: Queries) -> str:
+    """Why `decode` cannot read a piece; "" where it can."""
+    if x.kind not in KINDS:
+        return f"{x.kind} is not for CPUs"
     if x.kind == "per channel":
         per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
-        return x.group % per_vector == 0 and x.channels % per_vector == 0
-    least = max(HEAD_DIMS.get(d, 99) for d in (head_dim, x.value_dim))
-    return least <= x.bits if x.kind == "per token" else least < 99 and x.columns["k"].dtype in DTYPES
+        fits = x.group % per_vector == 0 and x.channels % per_vector == 0
+        return "" if fits else f"groups of {x.group} tokens and {x.channels} channels do not fill vectors"
+    least = max(HEAD_DIMS.get(d, 99) for d in (qs.q.shape[-1], x.value_dim))
+    fits = least <= x.bits if x.kind == "per token" else least < 99 and x.columns["k"].dtype in DTYPES
+    return "" if fits else f"{qs.q.shape[-1]} and {x.value_dim} channels of {x.bits or 'all'} bits"
 
 
 def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:

@@ -6,21 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.state import Ragged
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_QUERIES = 8
 
 
 @dataclass(frozen=True)
 class Piece:
     """A set of tokens that are all visible to the queries, and `answer`, which asks them in plain torch.
 
-    kind: "exact", "per token" (codes with a scale and zero per token) or "per channel" (keys with a scale and zero per
-    channel over units of `group` tokens, values per token over groups of `channels`). columns: k, v and, as the kind
-    has them, k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may be empty), bias; each [B,H,slots,...], or
-    [slots,...] with all (row, head) one behind the other where `lens` [B,H] says how many each has.
-    rotate: whether codes are of channels behind a Hadamard rotation."""
+    kind: "exact", "per token" (codes with a scale and zero per token), "e4m3" (8-bit floats with a scale per token) or
+    "per channel" (keys with a scale and zero per channel over units of `group` tokens, values per token over groups of
+    `channels`). columns: k, v and, as the kind has them, k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may
+    be empty), bias (fp32, added to the logits); each [B,H,slots,...], or [slots,...] with all (row, head) one behind
+    the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate: whether codes are of
+    channels behind a Hadamard rotation."""
 
     kind: str
     columns: dict[str, Tensor]
@@ -28,6 +33,7 @@ class Piece:
     heads: int
     value_dim: int
     answer: Callable[[Queries], Partial]
+    slots: int
     bits: int = 0
     group: int = 1
     channels: int = 0
@@ -35,8 +41,41 @@ class Piece:
 
     @staticmethod
     def held(held: Ragged, names: tuple[str, ...], answer: Callable[[Queries], Partial], **layout: Any) -> Piece:
-        """The named columns of a Ragged, without a copy. layout: the fields above that say how to read them."""
-        columns = {name: held.data[name] for name in names}
+        """The named columns of a Ragged as far as it has them, without a copy. layout: the fields above that say how to
+        read them."""
+        columns = {name: held.data[name] for name in names if name in held.data}
         lens = None if held.uniform else held.lens
         width = held.data["v"].shape[-1] * (8 // layout.get("bits", 8))
-        return Piece(columns=columns, lens=lens, heads=held.lens.shape[1], value_dim=width, answer=answer, **layout)
+        heads = held.lens.shape[1]
+        return Piece(
+            columns=columns, lens=lens, heads=heads, value_dim=width, answer=answer, slots=held.longest, **layout
+        )
+
+    def pitch(self) -> tuple[int, int] | None:
+        """How many slots lie between two rows and between two heads, the same for every column; (0, 0) where heads lie
+        one behind the other, None where columns lie otherwise."""
+        if self.lens is not None:
+            return 0, 0
+        found = set()
+        for column in self.columns.values():
+            shape, stride = column.shape, column.stride()
+            width = 1
+            for n, step in zip(shape[:1:-1], stride[:1:-1], strict=True):  # packed within a head
+                if n > 1 and step != width:
+                    return None
+                width *= n
+            width //= shape[2]
+            row, head = (stride[0] if shape[0] > 1 else 0), (stride[1] if shape[1] > 1 else 0)
+            if row % width or head % width:
+                return None
+            found.add((row // width, head // width))
+        return found.pop() if len(found) == 1 else None
+
+
+def refusal(qs: Queries) -> str:
+    """Why no kernel answers these queries; "" where one may."""
+    if qs.visible is not None:
+        return "the model has a mask of its own"
+    if len(qs) > MOST_QUERIES:
+        return f"{len(qs)} queries at once, a kernel takes {MOST_QUERIES}"
+    return "" if qs.q.dtype in DTYPES else f"queries are {qs.q.dtype}"

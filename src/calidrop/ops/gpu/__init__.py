@@ -1,0 +1,91 @@
+"""Kernels in Triton, for CUDA devices. Triton is imported when a kernel is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calidrop.attention import Partial, Queries
+from calidrop.ops import piece
+from calidrop.ops.piece import Piece
+from calidrop.tokens import Tokens
+
+MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
+
+
+def runs(device: torch.device) -> bool:
+    return not reason(device)
+
+
+@functools.cache
+def reason(device: torch.device) -> str:
+    """Why Triton's kernels do not run on a device; "" where they do. On CPUs they are interpreted, where both
+    CALIDROP_KERNEL=triton and TRITON_INTERPRET=1 say so: for tests."""
+    wish = os.environ.get("CALIDROP_KERNEL")
+    if device.type not in ("cuda", "cpu"):
+        return f"there is none for {device.type}"
+    if wish not in (None, "", "triton"):
+        return f"CALIDROP_KERNEL={wish}"
+    if device.type == "cpu" and (wish != "triton" or os.environ.get("TRITON_INTERPRET") != "1"):
+        return "Triton is for GPUs"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"triton {triton.__version__} is older than 3.4"
+    return ""
+
+
+def refusal(qs: Queries) -> str:
+    """Why `decode` cannot answer these queries; "" where it can."""
+    return reason(qs.q.device) or piece.refusal(qs)
+
+
+def unread(x: Piece, qs: Queries) -> str:
+    """Why `decode` cannot read a piece; "" where it can."""
+    device, D, rows = qs.q.device, qs.q.shape[-1], qs.q.shape[1] // x.heads * len(qs)
+    if rows > MOST_ROWS:
+        return f"{rows} queries per kv head, the kernel takes {MOST_ROWS}"
+    if max(D, x.value_dim) > MOST_CHANNELS:
+        return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}"
+    if x.pitch() is None:
+        return "stored columns do not lie side by side"
+    if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
+        return f"tokens are {x.columns['k'].dtype}"
+    if x.kind == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "the GPU has no 8-bit floats"
+    if x.kind == "per channel":
+        odd = any(n & (n - 1) or not 8 <= n <= MOST_GROUP for n in (x.group, x.channels))
+        return f"groups of {x.group} tokens and {x.channels} channels, the kernel takes 8, 16, ... 128" if odd else ""
+    return ""
+
+
+def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+    from calidrop.ops.gpu.attention import decode
+
+    return decode(qs, parts)
+
+
+def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
+    from calidrop.ops.gpu.columns import mass
+
+    return mass(qs, lse, t)
+
+
+def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    from calidrop.ops.gpu.rounding import rounded
+
+    return rounded(x, bits)
+
+
+def keys(z: Tensor, pos: Tensor, weight: Tensor, bias: Tensor, order: Tensor, freq: Tensor, scaling: float) -> Tensor:
+    from calidrop.ops.gpu.latents import keys
+
+    return keys(z, pos, weight, bias, order, freq, scaling)

@@ -1,0 +1,269 @@
+"""The Triton kernels (ops/gpu) against their oracles, interpreted where there is no GPU."""
+
+import sys
+
+import pytest
+import torch
+
+import calidrop
+from calidrop import ops
+from calidrop.attention import Queries, attend, merge
+from calidrop.methods._latents import Basis
+from calidrop.methods.recalkv import Latents
+from calidrop.observe import Observation
+from calidrop.ops import gpu
+from calidrop.quant import pack, quantize
+from calidrop.rope import Rope
+from calidrop.state import Ragged
+from calidrop.store import Exact
+from calidrop.tokens import Tokens
+from helpers import layer_of, live, random_qkv, run
+from tiny import batch, generate, tiny, worst
+
+if sys.platform != "linux":
+    pytest.skip("there is no triton", allow_module_level=True)
+
+from calidrop.ops.gpu.attention import decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def queries(B: int, Hq: int, T: int, D: int, softcap: float | None = None, dtype=torch.float32) -> Queries:
+    q = torch.randn(B, Hq, T, D, device=DEVICE).to(dtype)
+    return Queries(q, torch.full((B, T), 10_000, device=DEVICE), D**-0.5, softcap)
+
+
+def tokens(B: int, H: int, N: int, D: int, dtype=torch.float32, empty: float = 0.0, Dv: int = 0) -> Tokens:
+    """A view of larger memory, NaN behind the tokens."""
+    room = torch.full((B, H, N + 5, D), NAN, dtype=dtype, device=DEVICE)
+    pos = torch.full((B, H, N + 5), 2**30, dtype=torch.int32, device=DEVICE)
+    pos[:, :, :N] = torch.arange(N)
+    pos[torch.rand(B, H, N + 5, device=DEVICE) < empty] = -1
+    v = room[..., : Dv or D].clone()
+    room[:, :, :N], v[:, :, :N] = (torch.randn(x[:, :, :N].shape, device=DEVICE).to(dtype) for x in (room, v))
+    return Tokens(room[:, :, :N], v[:, :, :N], pos[:, :, :N], dense=empty == 0.0)
+
+
+def check(qs: Queries, parts: list, sets: list[Tokens], limit: float, least: int = 16) -> None:
+    """least: few tokens per program, so that there are many."""
+    assert not gpu_refuses(qs, parts)
+    o, lse = decode(qs, parts, least)
+    want, total = merge([attend(qs, t.k, t.v, t.pos) for t in sets])
+    assert o.isfinite().all()
+    assert torch.equal(lse.isinf(), total.isinf())
+    assert (lse - total).nan_to_num(0.0, 0.0, 0.0).abs().max() < limit
+    assert (o - want).abs().max() < limit
+
+
+def gpu_refuses(qs: Queries, parts: list) -> list[str]:
+    return [why for p in parts if not isinstance(p, tuple) and (why := gpu.unread(p, qs))]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("D", "Dv"), [(16, 16), (64, 64), (80, 80), (40, 128), (256, 256)])
+def test_exact(D, Dv, dtype):
+    t = tokens(1, 2, 75, D, dtype, Dv=Dv)
+    check(queries(1, 6, 1, D, dtype=dtype), [ops.piece(t)], [t], LIMIT[dtype])
+
+
+@pytest.mark.parametrize(("group", "T", "N"), [(1, 1, 1), (1, 8, 64), (7, 1, 65), (5, 4, 17)])
+def test_queries_and_lengths(group, T, N):
+    t = tokens(2, 1, N, 32)
+    check(queries(2, group, T, 32), [ops.piece(t)], [t], 2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_several_sets_empty_slots_and_answers(softcap):
+    D, qs = 32, queries(3, 6, 1, 32, softcap)
+    a, b, c = tokens(3, 2, 70, D), tokens(3, 2, 33, D, empty=0.4), tokens(3, 2, 41, D)
+    b.pos[1, 1] = -1  # a head with nothing
+    check(qs, [ops.piece(a), attend(qs, c.k, c.v, c.pos), ops.piece(b)], [a, b, c], 2e-5)
+    few = [tokens(3, 2, n, D) for n in range(1, 8)]  # more than a launch has room for
+    check(qs, [ops.piece(t) for t in few], few, 2e-5)
+    nothing = tokens(3, 2, 5, D, empty=1.1)
+    check(qs, [ops.piece(nothing)], [nothing], 2e-5)
+
+
+def test_bias():
+    qs, t = queries(2, 4, 1, 32, dtype=torch.bfloat16), tokens(2, 2, 40, 32)  # summaries are fp32 beside a bf16 model
+    bias = torch.randn(2, 2, 45, device=DEVICE)[:, :, :40]  # lies as the tokens do
+    o, lse = decode(qs, [ops.piece(t, bias)], 16)
+    want, total = attend(qs, t.k, t.v, t.pos, bias)
+    assert (o - want).abs().max() < 2e-5
+    assert (lse - total).abs().max() < 2e-5
+
+
+def test_heads_of_unequal_length():
+    qs, t = queries(2, 6, 1, 64), tokens(2, 3, 200, 64, empty=0.5)
+    t.pos[0, 1, 20:] = -1
+    t.pos[1, 0] = -1
+    store = Exact()
+    store.held = Ragged(t.columns(), t.valid)
+    assert not store.held.uniform
+    poison(store.held)
+    check(qs, store.attend(qs), [t], 2e-5)
+
+
+def poison(held: Ragged) -> None:
+    """NaN (255 in codes) behind flat columns."""
+    if not held.uniform:
+        tails = {n: x.new_full((9, *x.shape[1:]), NAN if x.is_floating_point() else 255) for n, x in held.data.items()}
+        held.data = {n: torch.cat([x, tails[n]])[: len(x)] for n, x in held.data.items()}
+
+
+CODED = [
+    "int8(residual=5)",
+    "int4(residual=5)",
+    "int4(rotate=False, residual=5)",
+    "fp8(residual=5)",
+    *(f"kivi(bits={bits}, group={group}, residual=7)" for bits, group in ((2, 32), (4, 8), (4, 64), (8, 16))),
+    "ott(bits=2, block=64, pool=3, spill=5, skip=0, residual=5)",
+    "adakv(budget=90, recent=9)+int4",
+    "adakv(budget=90, recent=9)+fp8",
+    "adakv(budget=90, recent=9)+kivi(bits=2)",
+]
+
+
+def coded(recipe: str, D: int, dtype=torch.float32):
+    """A layer that holds something, and a query."""
+    N = 151
+    qkv = tuple(x.to(dtype).to(DEVICE) for x in random_qkv(2, 2, 3, N, D))
+    return run(recipe, qkv, pads=[0, 27]), queries(2, 6, 1, D, dtype=dtype)
+
+
+@pytest.mark.parametrize("recipe", CODED)
+def test_codes(recipe):
+    kv, qs = coded(recipe, 64)
+    if kv.state.store.__class__.__name__ == "Split":
+        poison(kv.state.store.kept.held)
+    parts = kv.state.store.attend(qs)
+    assert not any(isinstance(p, tuple) for p in parts)
+    check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+
+
+@pytest.mark.parametrize("recipe", ["int4(residual=5)", "int8(residual=5)", "kivi(bits=4, group=16, residual=7)"])
+@pytest.mark.parametrize("D", [80, 96])
+def test_head_dims_that_are_no_power_of_two(recipe, D):
+    kv, qs = coded(recipe, D)
+    check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+
+
+@pytest.mark.parametrize("recipe", ["int4(residual=5)", "fp8(residual=5)", "kivi(bits=2, residual=7)"])
+def test_half_precision_rounds_weights_once(recipe):
+    kv, qs = coded(recipe, 64, torch.bfloat16)
+    check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-2)
+
+
+@pytest.mark.parametrize(("W", "softcap"), [(1, None), (90, None), (90, 5.0)])
+def test_mass(W, softcap):
+    """Left pads, empty slots, more queries than a block; the oracle holds the matrix."""
+    B, H, G, D, N = 2, 2, 3, 32, 90
+    t = tokens(B, H, N, D, empty=0.2)
+    pos = torch.arange(N - W, N, device=DEVICE).expand(B, W).clone()
+    pos[1, : W // 3], t.pos[1, :, : W // 3] = -1, -1
+    qs = Queries(torch.randn(B, H * G, W, D, device=DEVICE), pos, D**-0.5, softcap)
+    lse = attend(qs, t.k, t.v, t.pos)[1]
+    got = gpu.mass(qs, lse, t)
+    start = torch.zeros(B, device=DEVICE, dtype=torch.long)
+    assert (got - Observation(qs, lse, start + N, start).weights(t).sum(2)).abs().max() < 1e-5
+    assert (got[~t.valid] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_rounding_is_the_same_bit_by_bit(bits, dtype):
+    room = torch.full((2, 3, 41, 80), NAN, device=DEVICE)
+    room[:, :, :32] = (
+        torch.randn(2, 3, 32, 80, device=DEVICE) * torch.tensor([1e-6, 3.0, 3e4], device=DEVICE)[:, None, None]
+    )
+    room[0, 0, :9], room[0, 1, 3, :40], room[1, 0, 0, 0] = 0.0, 0.25, 1e9  # constant; out of fp16's range
+    room[0, 2, :, :16] = torch.arange(16.0, device=DEVICE) * 0.5  # ties
+    x = room[:, :, :32].to(dtype)
+    units = x.unflatten(2, (2, 16))
+    for groups in (x, x.unflatten(-1, (-1, 16)), units.transpose(-1, -2), units.unflatten(-1, (-1, 8)), x[..., :8]):
+        codes, scale, zero = quantize(groups, bits)
+        got = gpu.rounded(groups, bits)
+        for a, b in zip(got, (pack(codes, bits), scale, zero), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("half", "dtype"), [(16, torch.float32), (16, torch.bfloat16), (12, torch.float32)])
+def test_keys_from_latents(half, dtype):
+    """Two groups of two heads in a mixed order, a rank that is no power of two, partial rotary."""
+    B, H, N, D, rank = 2, 4, 70, 32, 21
+    basis = Basis([2, 0, 3, 1], *(torch.randn(s, device=DEVICE) for s in ((2, 2 * D, rank), (H * D, 8), H * D, H * D)))
+    rope = Rope(10_000.0 ** -(torch.arange(half, device=DEVICE) / half))
+    pos = torch.arange(1000, 1000 + N, device=DEVICE, dtype=torch.int32).expand(B, 1, N)
+    z = torch.randn(B, 1, N + 3, 2 * rank, device=DEVICE)[:, :, :N].to(dtype)
+    store = Latents(Exact(), basis, rope, 1.5)
+    store.start, store.dtype = torch.tensor([0, 13], device=DEVICE), dtype
+    want = store._keys(Tokens(z, z, pos))
+    gap = torch.where(torch.tensor(dtype == torch.float32), 2e-4, want.float().abs().max() * 2**-7)
+    at = (pos - store.start[:, None, None])[:, 0]
+    got = gpu.keys(z[:, 0], at, basis.keys, basis.key_bias, basis.at, rope.inv_freq, 1.5)
+    assert got.dtype == want.dtype
+    assert (got.float() - want.float()).abs().max() < gap
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Triton where the library would take its kernels for CPUs."""
+    monkeypatch.setenv("CALIDROP_KERNEL", "triton")
+    gpu.reason.cache_clear()
+    yield
+    gpu.reason.cache_clear()
+
+
+RECIPES = [
+    "h2o(budget=20, every=2)",
+    "snapkv(budget=24, recent=8)+int4",
+    "snapkv(budget=24, recent=8, every=2)+calidrop(summary=4)",
+    "snapkv(budget=24, recent=8)+calidrop(summary=4, offload=False)",
+    "think(keep=0.5)+kivi(bits=4, group=8, residual=5)",
+    "adakv(budget=24, recent=8)+fp8",
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_decodes_as_it_does_in_torch(recipe, dispatched, monkeypatch):
+    model, inputs = tiny(num_hidden_layers=1).to(DEVICE), batch(length=36)
+    inputs = {n: x.to(DEVICE) for n, x in inputs.items()}
+    cache = calidrop.KVCache(model, recipe)
+    got, logits = generate(model, inputs, cache, new=5)
+    assert "decode by the Triton kernel" in cache.describe()
+    assert "torch" not in cache.describe()
+    monkeypatch.setenv("CALIDROP_KERNEL", "torch")
+    gpu.reason.cache_clear()
+    want, expected = generate(model, inputs, calidrop.KVCache(model, recipe), new=5)
+    assert torch.equal(got, want)
+    assert worst(logits, expected) < 2e-3
+
+
+def test_what_it_does_not_take_is_answered_by_torch_and_said(dispatched):
+    qs, t, odd = queries(1, 4, 1, 48), tokens(1, 2, 20, 48), tokens(1, 2, 30, 48)
+    assert ops.pick(qs, [ops.piece(t)]) is ops.GPU
+    odd.v = odd.v.expand(1, 2, 30, 48)[:, :1].expand(1, 2, 30, 48)  # heads share their values
+    both = ops.pick(qs, [ops.piece(t), ops.piece(odd)])
+    assert "side by side" in both.name and "torch" in both.name
+    for parts, sets in (([ops.piece(t), ops.piece(odd)], [t, odd]), ([ops.piece(odd)], [odd])):
+        o, lse = ops.joined(qs, parts)
+        want, total = merge([attend(qs, x.k, x.v, x.pos) for x in sets])
+        assert (o - want).abs().max() < 2e-5
+        assert (lse - total).abs().max() < 2e-5
+    assert ops.pick(queries(1, 4, 9, 48), [ops.piece(t)]).name == "torch (9 queries at once, a kernel takes 8)"
+    assert "groups of 24" in gpu.unread(layer_piece("kivi(group=24)", 48), qs)
+
+
+def layer_piece(recipe: str, D: int):
+    qkv = random_qkv(1, 2, 2, 200, D)
+    return run(recipe, qkv).state.store.attend(Queries(qkv[0][:, :, :1], torch.full((1, 1), 999), 1.0))[-1]
+
+
+def test_off_switch(monkeypatch):
+    monkeypatch.setenv("CALIDROP_KERNEL", "torch")
+    gpu.reason.cache_clear()
+    assert gpu.reason(torch.device("cuda", 0)) == "CALIDROP_KERNEL=torch"
+    gpu.reason.cache_clear()
+    assert layer_of("full", random_qkv(1, 1, 1, 1, 8)).by == ""
