@@ -1,6 +1,10 @@
 """The Triton kernels (ops/gpu) against their oracles, interpreted where there is no GPU."""
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,3 +271,17 @@ def test_off_switch(monkeypatch):
     assert gpu.reason(torch.device("cuda", 0)) == "CALIDROP_KERNEL=torch"
     gpu.reason.cache_clear()
     assert layer_of("full", random_qkv(1, 1, 1, 1, 8)).by == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
+    """To machine code, with no GPU, and without spilling more than a register or two (`_keys`: a table for sines)."""
+    worker = Path(__file__).with_name("triton_worker.py")
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, worker, str(capability)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys"}
+    assert all(k["STACK"] <= (64 if k["name"] == "_keys" else 16) for k in kernels)

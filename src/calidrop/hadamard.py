@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,10 @@ def hadamard(x: Tensor) -> Tensor:
         y = torch.stack([a + b, a - b], -2).flatten(-3)
         half *= 2
     return (y * block**-0.5).flatten(-2)
+
+
+@functools.cache
+def signs(D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[D,D]: the rotation as a matrix of 1, -1 and 0, not divided by the root of its block: exact in any dtype."""
+    block = D & -D
+    return (hadamard(torch.eye(D)) * block**0.5).round().to(device, dtype)

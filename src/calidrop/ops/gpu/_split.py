@@ -139,7 +139,8 @@ def _ask(
     start = (part - first) * per
     stop = tl.minimum(start + per, count).to(tl.int32)
     r, d, dv = tl.arange(0, RP), tl.arange(0, DP), tl.arange(0, DVP)
-    source = turned if F[4] else q
+    source = turned if F[4] > 1 else q
+    scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
     x = tl.load(
         source + (bh.to(tl.int64) * R + r)[:, None] * D + d[None, :],
         mask=(r < R)[:, None] & (d < D)[None, :], other=0.0,

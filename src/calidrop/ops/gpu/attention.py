@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
-from calidrop.hadamard import hadamard
+from calidrop.hadamard import signs
 from calidrop.ops.gpu._join import _join
 from calidrop.ops.gpu._shared import launch, padded
 from calidrop.ops.gpu._split import SLOTS, _split
@@ -21,7 +20,7 @@ from calidrop.ops.piece import Piece
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3}
 COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens
-LEAST = 256  # tokens worth a program
+LEAST = 128  # tokens worth a program
 
 
 @functools.cache
@@ -30,63 +29,67 @@ def _programs(device: torch.device) -> int:
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
-def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST) -> Partial:
+def decode(
+    qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, tile: tuple[int, int, int] | None = None
+) -> Partial:
     """Attention over the union of disjoint sets, all of them visible: two launches (and one more per four further
-    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. least: tokens worth a program."""
+    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. least: tokens worth a program. tile: tokens at a
+    time, warps and pipeline stages of the first launch, where it is not to be `tile_of` the shape."""
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
-    H, Dv = pieces[0].heads, pieces[0].value_dim
-    R, q = Hq // H * T, qs.q.contiguous()
-    turned = hadamard(q.float()).to(q.dtype) if pieces[0].rotate else q
-    block, warps, stages = blocks(D, Dv, q.dtype)
-    share = max(least, -(-sum(p.slots * p.group for p in pieces) * B * H // _programs(q.device)))
-    told, ends = [], [0]
-    for p in pieces:
-        splits = -(-p.slots * p.group // share)
-        per = -(-p.slots // splits)
-        step = max(1, block // p.group)
-        per = -(-per // step) * step  # whole blocks
-        ends.append(ends[-1] - (-p.slots // per))
-        told.append((p, per))
-    total = ends[-1]
-    o = torch.empty(B * H, total, R, Dv, device=q.device, dtype=torch.float32)
-    lse = torch.empty(B * H, total, R, device=q.device, dtype=torch.float32)
-    shape = {"H": H, "R": R, "D": D, "DV": Dv, "DP": padded(D), "DVP": padded(Dv), "RP": padded(R)}
-    shape |= {"BH": triton.next_power_of_2(B * H), "BLOCK": block, "CAPPED": qs.softcap is not None}
-    for i in range(0, len(told), SLOTS):
-        args: list[Any] = []
-        formats: dict[str, Any] = {f"F{j}": None for j in range(SLOTS)}
-        for j in range(SLOTS):
-            if i + j < len(told):
-                p, per = told[i + j]
-                pitch = p.pitch()
-                assert pitch is not None
-                args += [_columns(p), p.slots, *pitch, per, ends[i + j + 1]]
-                formats[f"F{j}"] = (KINDS[p.kind], p.bits, p.group, p.channels, p.rotate)
-            else:
-                args += [None, 0, 0, 0, 0, 0]
-        grid = (B * H, ends[min(i + SLOTS, len(told))] - ends[i])
+    H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
+    R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
+    turned = q @ signs(D, q.device, q.dtype) if rotated else q
+    block, warps, stages = tile or tile_of(D, Dv, q.dtype)
+    per, ends = _stretches(pieces, B * H, block, max(least, block), q.device)
+    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
+    for i in range(0, len(pieces), SLOTS):
+        told, formats = _told(pieces[i : i + SLOTS], per[i:], ends[i + 1 :], D)
         launch(
-            _split, grid, q, turned, o, lse, total, ends[i], qs.scale, qs.softcap or 0.0, *args, **formats, **shape,
+            _split, (B * H, ends[min(i + SLOTS, len(pieces))] - ends[i]), q, turned, o, lse, ends[-1], ends[i],
+            qs.scale, qs.softcap or 0.0, *told, **formats, CAPPED=qs.softcap is not None,
+            H=H, R=R, D=D, DV=Dv, DP=padded(D), DVP=padded(Dv), RP=padded(R), BH=padded(B * H), BLOCK=block,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    out = torch.empty(B, Hq, T, Dv, device=q.device, dtype=torch.float32)
-    out_lse = torch.empty(B, Hq, T, device=q.device, dtype=torch.float32)
-    rotated = sum(p.rotate for p in pieces)
     launch(
-        _join, (B * H * R,), o, lse, answers or None, out, out_lse, total, ends[rotated],
+        _join, (B * H * R,), o, lse, answers or None, out, out_lse, ends[-1], ends[rotated],
         ANSWERS=len(answers), TURNS=(Dv & -Dv) * bool(rotated), R=R, DV=Dv, DVP=padded(Dv),
         num_warps=4 if Dv <= 128 else 8,
     )  # fmt: skip
     return out, out_lse
 
 
-def blocks(D: int, Dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_of(D: int, Dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens at a time, warps, pipeline stages."""
     wide = padded(max(D, Dv)) * (2 if dtype == torch.float32 else 1)
     return (128, 4, 3) if wide <= 64 else (64, 4, 3) if wide <= 128 else (32, 4, 2)
 
 
-def _columns(p: Piece) -> tuple[Tensor | None, ...]:
-    return (*(p.columns.get(name) for name in COLUMNS), p.lens)
+def _stretches(
+    pieces: list[Piece], heads: int, block: int, least: int, device: torch.device
+) -> tuple[list[int], list[int]]:
+    """How many slots a program takes of each piece, and the splits before each piece, from lengths the host knows.
+    Programs take about the same number of tokens; a shorter head leaves some idle."""
+    share = max(least, -(-sum(p.slots * p.group for p in pieces) * heads // _programs(device)))
+    per, ends = [], [0]
+    for p in pieces:
+        slots = -(-p.slots // -(-p.slots * p.group // share))
+        step = max(1, block // p.group)
+        per.append(-(-slots // step) * step)  # whole blocks
+        ends.append(ends[-1] - (-p.slots // per[-1]))
+    return per, ends
+
+
+def _told(pieces: list[Piece], per: list[int], ends: list[int], D: int) -> tuple[list[Any], dict[str, Any]]:
+    """What `_split` is told of the pieces of one launch, and their formats."""
+    args: list[Any] = []
+    formats: dict[str, Any] = {f"F{i}": None for i in range(SLOTS)}
+    for i, p in enumerate(pieces):
+        pitch = p.pitch()
+        assert pitch is not None
+        columns: tuple[Tensor | None, ...] = (*(p.columns.get(name) for name in COLUMNS), p.lens)
+        args += [columns, p.slots, *pitch, per[i], ends[i]]
+        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, (D & -D) if p.rotate else 1)
+    return args + [None, 0, 0, 0, 0, 0] * (SLOTS - len(pieces)), formats

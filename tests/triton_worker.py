@@ -1,0 +1,92 @@
+"""Compiles every Triton kernel for a GPU that is not there, and prints what each takes: registers, bytes of stack.
+
+Run in a process of its own, without TRITON_INTERPRET. Launches do everything but launch."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from calidrop import ops
+from calidrop.attention import Queries, attend
+from calidrop.ops import gpu
+from calidrop.ops.gpu.attention import decode
+from helpers import random_qkv, run
+
+RECIPES = [
+    "snapkv(budget=40)",
+    "adakv(budget=90, recent=9)+int4",
+    "int8(residual=5)",
+    "fp8(residual=5)",
+    "kivi(bits=4, residual=5)",
+    "ott(bits=2, block=128, pool=3, spill=5, skip=0, residual=5)",
+]
+
+
+class Absent:
+    """The driver of a GPU with nothing behind it."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def usage(kernel) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", said)}
+    return {"name": kernel.name, **found}
+
+
+def everything(dtype: torch.dtype, recipes: list[str]) -> None:
+    """Every kernel once, decode with every format."""
+    D = 128
+    qs = Queries(torch.randn(2, 6, 1, D).to(dtype), torch.full((2, 1), 999), 0.1)
+    for recipe in recipes:
+        kv = run(recipe, tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 300, D)))  # type: ignore[arg-type]
+        window = kv.state.window.tokens()
+        decode(qs, [*kv.state.store.attend(qs), ops.piece(window), attend(qs, window.k, window.v, window.pos)])
+    gpu.mass(qs, torch.zeros(2, 6, 1), window)
+    x = torch.randn(2, 2, 64, D).to(dtype)
+    for bits in (2, 4, 8):
+        gpu.rounded(x, bits)
+        gpu.rounded(x.unflatten(2, (2, 32)).transpose(-1, -2), bits)
+    weight, order = torch.randn(2, 2 * D, 96), torch.arange(4, dtype=torch.int32)
+    gpu.keys(
+        torch.randn(2, 40, 192).to(dtype), window.pos[:, 0], weight, torch.randn(4 * D), order, torch.randn(48), 1.0
+    )
+
+
+def main(capability: int) -> None:
+    driver.set_active(Absent(capability))
+    whole, seen = JITFunction.run, {}
+
+    def compiled(self, *args, grid, warmup, **options):
+        kernel = whole(self, *args, grid=grid, warmup=True, **options)
+        seen[kernel.hash] = kernel
+
+    JITFunction.run = compiled
+    everything(torch.bfloat16, [r for r in RECIPES if capability >= 89 or "fp8" not in r])  # older ones have no e4m3
+    print(json.dumps([usage(kernel) for kernel in seen.values()]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
