@@ -1,5 +1,5 @@
-"""Several caches in one batch: the model's weights, which are most of what a step of a small model reads, are read once for
-all of them. Row r of cache c is row c * rows + r of the batch."""
+"""Several caches in one batch: the model's weights, which are most of what a step of a small model reads, are read once
+for all of them. Row r of cache c is row c * rows + r of the batch."""
 
 from __future__ import annotations
 

@@ -2,16 +2,17 @@
 
 python -m benchmarks.long [--budget 512] [--recipe R ...] [--tokens 4096] [--prompts 4] [--skip 0] [--json OUT]
 
-The full cache writes, sampled at temperature 0.8 with a fixed seed (greedily this model loops): half of the prompts are
-128 tokens of "Alice's Adventures in Wonderland", half are questions of GSM8K, left-padded to one batch. Every recipe is fed
-the same tokens one by one, in lockstep. Without --recipe: every evictor that works while decoding, at --budget.
+The full cache writes, sampled at temperature 0.8 with a fixed seed (greedily this model loops): half of the prompts
+are 128 tokens of "Alice's Adventures in Wonderland", half are questions of GSM8K, left-padded to one batch. Every
+recipe is fed the same tokens one by one, in lockstep. Without --recipe: every evictor that works while decoding, at
+--budget.
 
-Results are kept in --folder: recipes that were measured are not run again, others are fed the tokens written then. A run
-that was stopped goes on where it last saved (every 512 tokens).
+Results are kept in --folder: recipes that were measured are not run again, others are fed the tokens written then. A
+run that was stopped goes on where it last saved (every 512 tokens).
 
-Per recipe: KL to the full cache in nats, in all and in quarters of the generation, agreement of the likeliest token, nll
-of the token written; mean over prompts, with the standard error over prompts. MB (10^6 bytes): the most the cache ever
-held. ms: CPU time of attention and compression in a step, all layers and prompts, median.
+Per recipe: KL to the full cache in nats, in all and in quarters of the generation, agreement of the likeliest token,
+nll of the token written; mean over prompts, with the standard error over prompts. MB (10^6 bytes): the most the cache
+ever held. ms: CPU time of attention and compression in a step, all layers and prompts, median.
 """
 
 from __future__ import annotations

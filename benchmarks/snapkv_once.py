@@ -33,8 +33,8 @@ class Once(WindowAttention):
 @method("SnapKV, arXiv 2404.14469, once")
 def snapkv_once(budget: int, recent: int = 32, kernel: int = 5, every: int = 16) -> Evictor:
     """SnapKV that looks once: when the budget is first exceeded, half of it goes to the tokens that the last `recent`
-    queries attend to, prompt or generated, for good; the other half is a sliding window from then on. It holds as much as
-    the others; SnapKV itself would keep a short prompt whole and everything that is generated."""
+    queries attend to, prompt or generated, for good; the other half is a sliding window from then on. It holds as much
+    as the others; SnapKV itself would keep a short prompt whole and everything that is generated."""
     check_budget("snapkv_once", budget, recent)
     return Evictor(
         score=lambda layer: Once(budget - recent + 1, budget // 2, kernel),

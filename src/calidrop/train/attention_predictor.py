@@ -126,11 +126,8 @@ def train(
         data.append(rows_of(model, window[:length], rows, block, group))
         tell("rows of attention", w + 1, len(ids))
     predictor = _fit(part, data, block, history, steps, tell)
-    beside = out.with_name(out.name + ".new")
     meta = settings | {"command": command, "version": __version__}
-    save(beside, predictor, meta)
-    beside.replace(out)
-    part.remove()
+    part.finish(lambda file: save(file, predictor, meta))
     return predictor, meta
 
 

@@ -1,0 +1,171 @@
+"""Decoding end to end: time per step and bytes held, beside transformers' own caches in the same run.
+
+python -m benchmarks.decode [--contexts 2048,4096,8192] [--batches 1,4] [--recipe R ...] [--json OUT] [--plot PNG]
+
+A page of The Time Machine is run once per context and fills every cache; more rows are copies of the first. Then all
+caches take a few steps in turn, in rounds, so that other work on the machine slows all alike. "times" is the step of
+transformers' DynamicCache with sdpa divided by the recipe's, at the same context and batch, best step against best
+step. "DynamicCache of 512 tokens" is what evicting to 512 tokens could reach at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+
+import calidrop
+from calidrop import ops
+from calidrop.plugin import ATTENTION, layer_kinds, using
+from calidrop.state import held_bytes
+from calidrop.tee import prefill
+
+RECIPES = [
+    "full",
+    "snapkv(budget=512)",
+    "adakv(budget=512)",
+    "snapkv(budget=512)+calidrop(offload=False, summary=16)",
+    "snapkv(budget=512)+calidrop",
+    "int8",
+    "int4",
+    "kivi(bits=4)",
+    "snapkv(budget=512)+int4",
+]
+FULL, SHORT, FP8 = "DynamicCache", "DynamicCache of 512 tokens", "QuantizedCache fp8"
+
+
+@dataclass(frozen=True)
+class Row:
+    """best_ms, median_ms: one decode step of the whole batch."""
+
+    context: int
+    batch: int
+    cache: str
+    best_ms: float
+    median_ms: float
+    device_bytes: int
+    times: float
+
+
+class Bench:
+    def __init__(self, model: Any, recipes: list[str]):
+        self.model, self.recipes = model, recipes
+
+    def step(self, cache: Cache, ids: Tensor) -> float:
+        """Seconds of one forward pass."""
+        own = ATTENTION if isinstance(cache, calidrop.KVCache) else "sdpa"
+        if self.model.config._attn_implementation != own:
+            self.model.set_attn_implementation(own)
+        start = time.perf_counter()
+        self.model(ids, **using(cache), logits_to_keep=1)
+        return time.perf_counter() - start
+
+    def filled(self, ids: Tensor) -> dict[str, Cache]:
+        """Every cache after the prompt ids [1,T]."""
+        config = self.model.config
+        made: dict[str, Cache] = {FULL: DynamicCache(config=config), SHORT: DynamicCache(config=config)}
+        if not any(layer_kinds(config)):  # it refuses models with sliding layers
+            made[FP8] = QuantizedCache("fp8", config)
+        for name, cache in made.items():
+            self.step(cache, ids[:, :512] if name == SHORT else ids)
+        ours = {recipe: calidrop.KVCache(self.model, recipe, eager=True) for recipe in self.recipes}
+        prefill(self.model, list(ours.values()), ids)
+        return made | ours
+
+    def measure(self, caches: dict[str, Cache], token: Tensor, rounds: int, steps: int) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in caches}
+        for _ in range(rounds):
+            for name, cache in caches.items():
+                self.step(cache, token)  # what the others pushed out of the processor's caches comes back
+                seconds[name] += [self.step(cache, token) for _ in range(steps)]
+        return seconds
+
+
+def size(cache: Cache) -> int:
+    if isinstance(cache, calidrop.KVCache):
+        return cache.nbytes
+    return held_bytes([vars(layer) for layer in cache.layers])
+
+
+def rows(
+    bench: Bench, ids: Tensor, batches: list[int], rounds: int, steps: int, say: Callable[[str], None]
+) -> list[Row]:
+    caches, found, have = bench.filled(ids), [], 1
+    for batch in batches:
+        if batch != have:
+            caches.pop(FP8, None)  # its layers cannot be repeated
+            for cache in caches.values():
+                cache.batch_repeat_interleave(batch // have)
+            have = batch
+        seconds = bench.measure(caches, ids[:, -1:].expand(batch, 1), rounds, steps)
+        base = min(seconds[FULL])
+        for name, of in seconds.items():
+            row = Row(ids.shape[1], batch, name, 1000 * min(of), 1000 * median(of), size(caches[name]), base / min(of))
+            say(
+                f"{row.context:7} {batch:5} {name:56} {row.best_ms:9.1f} {row.median_ms:9.1f} "
+                f"{row.device_bytes / 1e6:8.1f} {row.times:6.2f}x"
+            )
+            found.append(row)
+    return found
+
+
+def plot(found: list[Row], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    batches = sorted({row.batch for row in found})
+    figure, axes = plt.subplots(1, len(batches), figsize=(6 * len(batches), 5), layout="constrained", squeeze=False)
+    for ax, batch in zip(axes[0], batches, strict=True):
+        for name in dict.fromkeys(row.cache for row in found):
+            of = [row for row in found if (row.batch, row.cache) == (batch, name)]
+            ax.plot([r.context for r in of], [r.best_ms for r in of], marker="o", label=name)
+        ax.set(title=f"batch {batch}", xlabel="context, tokens", ylabel="ms per step", xscale="log", yscale="log")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
+    parser.add_argument("--recipe", action="append", help="default: a selection")
+    parser.add_argument("--contexts", default="2048,4096,8192")
+    parser.add_argument("--batches", default="1,4", help="each a multiple of the one before")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6, help="of each cache in each round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    model, tokenizer = calidrop.load(args.model)
+    text = (files("calidrop") / "data" / "time_machine.txt").read_text()
+    tokens = torch.tensor([tokenizer(text, verbose=False)["input_ids"]])
+    machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads"
+    print(f"{machine}; {ops.backend(torch.device('cpu'))}")
+    print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
+    found: list[Row] = []
+    for context in map(int, args.contexts.split(",")):
+        batches = [int(b) for b in args.batches.split(",")]
+        bench = Bench(model, args.recipe or RECIPES)
+        found += rows(
+            bench, tokens[:, :context], batches, args.rounds, args.steps, lambda line: print(line, flush=True)
+        )
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in found]}, indent=1))
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()
