@@ -66,7 +66,10 @@ def judge_q(
     seed: int = 0,
     threads: Threads = None,
 ) -> None:
-    """Soft tokens for judge_q(file='...'). A run that was stopped continues where it was."""
+    """Soft tokens for judge_q(file='...'). A run that was stopped continues where it was.
+
+    Keys and values of all samples stay in memory, in half precision.
+    """
     name = model or "smollm2"
     out = out or Path(f"judge_q-{Path(name).name}.safetensors")
     check_writable(out)
@@ -78,7 +81,6 @@ def judge_q(
     from calidrop.train.judge_q import Options, train
 
     options = Options(tokens, response, epochs, rate=rate, loss=loss, seed=seed)
-
     said = ["calidrop", "train", "judge-q", "--model", name, "--tokens", str(tokens), "--out", str(out)]
     said += [] if text is None else ["--text", str(text)]
     said += [] if questions is None else ["--questions", str(questions)]
