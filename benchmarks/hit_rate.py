@@ -75,12 +75,30 @@ def overlap(marks: Tensor, target: Tensor) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def respond(model: Any, cache: KVCache, prompt: list[int], said: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits after each token of the response but the last, fp64 [m-1,vocabulary], and what is kept of the prompt."""
+def respond(model: Any, cache: KVCache, prompt: list[int], said: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """What is kept of the prompt, and fp64 log-probabilities after each token of `said`, fed one by one."""
     model(torch.tensor([prompt]), **using(cache), logits_to_keep=1)
     marks = kept(cache, len(prompt))
-    steps = [model(torch.tensor([[token]]), **using(cache)).logits[0, -1].double() for token in said[:-1]]
-    return torch.stack(steps).log_softmax(-1), marks
+    steps = [model(torch.tensor([[token]]), **using(cache)).logits[0, -1] for token in said]
+    return marks, [x.double().log_softmax(-1) for x in steps]
+
+
+def measure(model: Any, court: Court, recipes: list[str], prompt: list[int], most: int, quick: bool) -> list[dict]:
+    """hit, mass and (not when quick) KL of each recipe."""
+    with court.frozen():
+        sample, said = court.sample(prompt, None, most)
+    target = sample.target.float().unflatten(1, (court.layers[0].kv_heads, -1)).mean(2)
+    said = [] if quick else said[:-1]
+    full = respond(model, KVCache(model), prompt, said)[1] if said else []
+    found = []
+    for recipe in recipes:
+        marks, own = respond(model, KVCache(model, recipe, eager=True), prompt, said)
+        hit, mass = overlap(marks, target)
+        found.append({"hit": hit, "mass": mass})
+        if said:
+            kl = [float((p.exp() * (p - q)).sum()) for p, q in zip(full, own, strict=True)]
+            found[-1]["KL"] = mean(kl)
+    return found
 
 
 def told(values: list[float], first: list[float]) -> str:
@@ -98,28 +116,21 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=768)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--response", type=int, default=48)
+    parser.add_argument("--quick", action="store_true", help="without the KL")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = calidrop.load()
-    court, rows = Court(model), {recipe: {"hit": [], "mass": [], "KL": []} for recipe in args.recipe}
+    court, rows = Court(model), []
     for i, prompt in enumerate(chats(tokenizer, args.text.read_text("utf-8"), args.samples, args.length)):
-        with court.frozen():
-            sample, said = court.sample(prompt, None, args.response)
-        target = sample.target.float().unflatten(1, (court.layers[0].kv_heads, -1)).mean(2)
-        full, _ = respond(model, KVCache(model), prompt, said)
-        for recipe, row in rows.items():
-            own, marks = respond(model, KVCache(model, recipe, eager=True), prompt, said)
-            hit, mass = overlap(marks, target)
-            kl = float((full.exp() * (full - own)).sum(-1).mean())
-            for name, value in (("hit", hit), ("mass", mass), ("KL", kl)):
-                row[name].append(value)
+        rows.append(measure(model, court, args.recipe, prompt, args.response, args.quick))
         print(f"{i + 1} of {args.samples}", flush=True)
-    print(f"{'recipe':44} {'hit':>32} {'mass':>32} {'KL':>32}   {args.length} tokens, {args.samples} chats")
-    base = rows[args.recipe[0]]
-    for recipe, row in rows.items():
-        print(f"{recipe:44} " + " ".join(f"{told(row[name], base[name]):>32}" for name in row))
+    names = list(rows[0][0])
+    print(f"{'recipe':44} " + " ".join(f"{name:>32}" for name in names), f"  {args.length} tokens, {len(rows)} chats")
+    for at, recipe in enumerate(args.recipe):
+        columns = (told([row[at][name] for row in rows], [row[0][name] for row in rows]) for name in names)
+        print(f"{recipe:44} " + " ".join(f"{column:>32}" for column in columns))
     if args.json:
         args.json.write_text(json.dumps({"length": args.length, "response": args.response, "rows": rows}, indent=1))
 
