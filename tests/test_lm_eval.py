@@ -8,7 +8,7 @@ from words import byte_model
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 pytest.importorskip("lm_eval")
 
-TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank. " * 4
+TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank. " * 3 + "Then"
 PAIRS = [(TEXT, " Alice"), (TEXT, " sister on"), ("The cat", " sat"), ("", "Once"), (TEXT, " Alice was")]
 SMALL = "streaming_llm(budget=24)"
 
@@ -46,9 +46,10 @@ def test_likelihoods(folder, stock):
     for (a, greedy), (b, same) in zip(expected, full, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
         assert greedy == same
-    lm = ours(folder, "snapkv(budget=24, recent=8)")  # with a comma
+    lm = ours(folder, "snapkv(budget=24, recent=8)")
     small = lm.loglikelihood(requests("loglikelihood", PAIRS))
-    assert all(abs(a - b) > 0.01 for (a, _), (b, _) in zip([full[i] for i in (0, 1, 4)], [small[i] for i in (0, 1, 4)], strict=True))  # fmt: skip  # noqa: E501
+    changed = [abs(full[i][0] - small[i][0]) for i in (0, 1, 4)]
+    assert min(changed) > 0.01, changed
     assert [small[i][0] for i in (2, 3)] == pytest.approx([full[i][0] for i in (2, 3)], abs=1e-4)  # nothing to evict
     assert small[4] == pytest.approx(lm.loglikelihood(requests("loglikelihood", PAIRS[4:]))[0], abs=1e-5)
 

@@ -11,13 +11,14 @@ decoded tokens, each from the state that the context left. So a context shared b
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import handle_arg_string  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from calidrop.cache import KVCache
@@ -25,6 +26,11 @@ from calidrop.eval.subject import fill
 from calidrop.models import load
 from calidrop.plugin import using
 from calidrop.recipe import parse
+
+if TYPE_CHECKING:  # lm_eval need not be there where types are checked
+    HFLM: Any = object
+else:
+    from lm_eval.models.huggingface import HFLM
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -48,6 +54,14 @@ class CalidropLM(HFLM):
         model, tokenizer = load(pretrained, device=device, dtype=dtype)
         KVCache(model, self.recipe)
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size or 1, **kwargs)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> CalidropLM:
+        """As the command line reads it: commas inside of brackets split nothing."""
+        given = dict(item.split("=", 1) for item in re.split(r",(?![^()\[\]{}]*[)\]}])", arg_string))
+        return cls.create_from_arg_obj(
+            {name: handle_arg_string(value) for name, value in given.items()}, additional_config
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

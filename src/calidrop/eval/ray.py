@@ -3,6 +3,8 @@ one that is lost and gives its job out again. calidrop must be installed on the 
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +25,10 @@ def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpu
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'calidrop[ray]'") from None
+    _reach(address)
     start = {"num_cpus": n, "include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(None if address == LOCAL else address, logging_level="ERROR", log_to_driver=False, **start)
+        ray.init(None if address == LOCAL else address, logging_level=logging.ERROR, log_to_driver=False, **start)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
     try:
@@ -38,6 +41,17 @@ def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpu
         yield lambda jobs: _run(ray, jobs, how, n or room, {"num_cpus": cpus, "num_gpus": gpus})
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no Ray cluster at {address!r}: {error}") from None
 
 
 class Worker:
