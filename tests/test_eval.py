@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from calidrop.cache import KVCache
 from calidrop.cli import app
 from calidrop.eval import cell
-from calidrop.eval.cell import Job, encode, measure
+from calidrop.eval.cell import Job, measure
+from calidrop.eval.encode import encode
 from calidrop.eval.folder import Folder, lines
 from calidrop.eval.rows import Row, key_of, latest, read
 from calidrop.eval.run import Ask, run, samples
@@ -81,12 +82,12 @@ def by_hand(model, recipe, prompt, later, gold, new):
 def test_row_by_hand(lm, question):
     model, tokenizer = lm
     recipes = ["full", SNAP, f"{SNAP[:-1]}, every=4)+calidrop(summary=4)", "kivi(bits=2, group=16, residual=16)"]
-    prompt, later, gold = encode(tokenizer, sample(), question)
+    prompt, later, gold = map(torch.tensor, encode(tokenizer, sample(), question))
     rows = by_recipe(measure(model, tokenizer, job(sample(), recipes, question)))
     full, _, _ = by_hand(model, "full", prompt, later, gold, 6)
     for recipe in recipes:
         logits, tokens, cache = by_hand(model, recipe, prompt, later, gold, 6)
-        row, start = rows[recipe], 0 if later.numel() else 1
+        row, start = rows[recipe], 0 if len(later) else 1
         assert row.error is None
         nll = -logits.log_softmax(-1).gather(1, gold[:, None]).sum()
         assert (row.nll, row.answer_tokens) == (pytest.approx(float(nll), rel=1e-4), 6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calidrop.compare import divergence, nll, now
+from calidrop.eval.encode import encode, until
 from calidrop.eval.rows import Row, empty
 from calidrop.eval.sample import Sample
 from calidrop.eval.score import METRICS, score
@@ -63,7 +64,8 @@ class Run:
 
 def measure(model: Any, tokenizer: Any, job: Job) -> Iterator[Row]:
     """A row for each of the job's recipes, as soon as it is there; one with an error for those that fail."""
-    prompt, later, gold = (ids.to(model.device) for ids in encode(tokenizer, job.sample, job.question))
+    ids = encode(tokenizer, job.sample, job.question)
+    prompt, later, gold = (torch.tensor(x, dtype=torch.long, device=model.device) for x in ids)
     queue = groups([FULL, *(r for r in job.keys if r != FULL)], job.together)
     full: Run | None = None
     while queue:
@@ -135,8 +137,7 @@ def fill_in(row: Row, run: Run, full: Run, tokenizer: Any, sample: Sample, later
     if len(full.gold) > start:
         compared = divergence(full.logits[start:], run.logits[start:])
         row.kl, row.kl_p95, row.agreement = compared["kl"], compared["kl_p95"], compared["agreement"]
-    text = tokenizer.decode(run.tokens, skip_special_tokens=True)
-    row.prediction = text = text[: min([text.find(s) for s in sample.stop if s in text], default=len(text))]
+    row.prediction = text = until(tokenizer.decode(run.tokens, skip_special_tokens=True), sample.stop)
     if sample.metric in METRICS:
         row.score = score(sample.metric, text, sample.answers, sample.classes)
     elif sample.metric == "same_start":
@@ -145,29 +146,3 @@ def fill_in(row: Row, run: Run, full: Run, tokenizer: Any, sample: Sample, later
     else:
         row.score = row.agreement
     return row
-
-
-def encode(tokenizer: Any, sample: Sample, question: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The prompt, what is asked of the compressed cache, and the gold answer: token ids of the text as a whole, so that
-    no token depends on where the text is cut; one that reaches over a cut belongs to where it starts. Raises ValueError
-    where the prompt has no token."""
-    asked = sample.question + sample.prefix
-    whole = sample.context + asked + sample.gold
-    starts_itself = bool(tokenizer.bos_token) and whole.startswith(tokenizer.bos_token)
-    told = tokenizer(whole, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False,
-                     add_special_tokens=not starts_itself)  # fmt: skip
-    cuts = [
-        len(sample.context) if question == "later" else len(sample.context) + len(asked),
-        len(whole) - len(sample.gold),
-    ]
-    pieces: list[list[int]] = [[], [], []]
-    for id_, (start, _), special in zip(
-        told["input_ids"], told["offset_mapping"], told["special_tokens_mask"], strict=True
-    ):
-        at = sum(start >= cut for cut in cuts)
-        if not special or not any(pieces):  # an end token that the tokenizer adds is left out
-            pieces[at].append(id_)
-    if not pieces[0]:
-        raise ValueError(f"{sample.task}: the context of sample {sample.index} has no tokens")
-    prompt, later, gold = (torch.tensor(piece, dtype=torch.long) for piece in pieces)
-    return prompt, later, gold
