@@ -327,7 +327,19 @@ def test_chat(lm, folder):
     finally:
         tokenizer.chat_template = None
     assert s.context.startswith("<u>")
+    assert s.modes(("seen", "later")) == ("seen", "later")
     assert (s.context + s.question + s.prefix).endswith("Answer:</u><a>The magic number is")
+
+
+def test_ray_without_an_address(folder, tmp_path, monkeypatch):
+    def cluster(address, how, n, cpus, gpus):
+        raise ValueError(f"asked for {address}, {n} x {gpus}")
+
+    monkeypatch.setattr("calidrop.eval.ray.cluster", cluster)
+    rest = ("--recipe", "full", "--task", "vt", "--out", tmp_path / "r", "--model", folder, "--gpus", "0.5")
+    assert "asked for local, None x 0.5" in call(*rest, "--ray", code=2).stderr
+    assert "asked for local, 3 x 0.5" in call("--ray", "--workers", 3, *rest, code=2).stderr
+    assert "asked for head:6379, None x 0.5" in call("--ray", "head:6379", *rest, code=2).stderr
 
 
 def call(*args, code=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import resources
@@ -43,8 +44,7 @@ class Book:
         sentence = re.compile(r"(?<=[.!?])\s+(?=\S)").search(self.text, at)
         if sentence and sentence.end() <= self.starts[last]:
             at = sentence.end()
-        first = next(i for i in range(len(self.starts)) if self.starts[i] >= at)
-        return self.text[at : self.starts[first + tokens]]
+        return self.text[at : self.starts[bisect_left(self.starts, at) + tokens]]
 
 
 class Kit:

@@ -79,7 +79,7 @@ def samples(ask: Ask, tokenizer: Any) -> list[Sample]:
             raise ValueError(
                 f"{s.task}: sample {s.index} has its question inside the context; it cannot be asked later"
             )
-    return [_in_chat(s, tokenizer) for s in made] if ask.chat else made
+    return [_in_chat(s, tokenizer) if s.question + s.prefix else s for s in made] if ask.chat else made
 
 
 def _in_chat(s: Sample, tokenizer: Any) -> Sample:
