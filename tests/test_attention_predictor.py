@@ -82,6 +82,11 @@ def test_the_network():
     with torch.no_grad():
         want = head(conv2(conv1(x[:, None]).relu()).relu().mean(2))[:, 0]
         assert worst(net.next_row(x), want) < 1e-6
+        root = Predictor.fresh(0.5, 0.5)
+        terms = (conv2(conv1(x.sqrt()[:, None]).relu()).relu() * head.weight[..., None]).sum(1)
+        age = 0.5 ** torch.arange(63, -1, -1)
+        mean = (terms * age[:, None]).sum(1) / age.sum() + head.bias
+        assert worst(root.next_row(x), mean) < 1e-6
         assert worst(net.next_row(torch.roll(x, 1, 2))[:, 3:-2], want[:, 2:-3]) < 1e-6  # away from the borders
 
 
@@ -95,10 +100,10 @@ def test_a_shorter_row_is_as_if_alone():
     assert worst(both[0], net.next_row(x[:1])[0]) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [8, 10, 64])
+@pytest.mark.parametrize(("rows", "power", "decay"), [(8, 1.0, 1.0), (10, 0.5, 0.9), (64, 1.0, 1.0), (64, 0.25, 0.7)])
 @torch.no_grad()
-def test_moving_by_a_row_is_the_network(rows):
-    net, moving = Predictor.fresh(), Moving()
+def test_moving_by_a_row_is_the_network(rows, power, decay):
+    net, moving = Predictor.fresh(power, decay), Moving()
     x = torch.rand(2, 3, rows + 40, 20)
     x[1, ..., 13:] = 0
     real = (torch.arange(20) < torch.tensor([[20], [13]])).repeat_interleave(3, 0)

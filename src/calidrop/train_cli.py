@@ -101,9 +101,11 @@ def attention_predictor(
     text: Annotated[Path | None, typer.Option(help="Calibration text; default: The Time Machine.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 2048,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of 32 heads.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 8 heads.")] = 3000,
     block: Annotated[int, typer.Option(min=1, help="Tokens pooled into one number.")] = 16,
     history: Annotated[int, typer.Option(min=1, help="Rows that the network sees.")] = 64,
+    power: Annotated[float, typer.Option(help="What weights are raised to; the paper's is 1.")] = 0.25,
+    decay: Annotated[float, typer.Option(help="What a row weighs to the next in the mean; the paper's is 1.")] = 0.7,
     evaluate: Annotated[Path | None, typer.Option(help="Held-out text: print how many blocks are found.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -120,8 +122,9 @@ def attention_predictor(
     said = ["calidrop", "train", "attention-predictor", "--model", name, "--out", str(out)]
     said += [] if text is None else ["--text", str(text)]
     said += ["--windows", str(windows), "--length", str(length), "--steps", str(steps)]
-    said += ["--block", str(block), "--history", str(history)]
-    options = {"steps": steps, "block": block, "history": history, "name": name, "command": shlex.join(said)}
+    said += ["--block", str(block), "--history", str(history), "--power", str(power), "--decay", str(decay)]
+    sizes = {"steps": steps, "block": block, "history": history, "power": power, "decay": decay}
+    options = {**sizes, "name": name, "command": shlex.join(said)}
     with bars("training", remaining=True) as tick:
         made, meta = train(lm, cut(tokenizer, words, windows, length), out, progress=tick, **options)
         found = None

@@ -25,26 +25,33 @@ ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
 class Predictor(Shared):
     """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: two 3x3 convolutions over time
     and blocks (1 -> 16 -> 32 channels, ReLU), the mean over time, and one weight per channel. 4,833 parameters, fp32.
-    """
 
-    def __init__(self, weights: dict[str, Tensor]):
-        self.weights = weights
+    power: what rows are raised to on the way in, and what it predicts. decay: how much less each older row weighs in
+    the mean. Both are 1 in the paper."""
+
+    def __init__(self, weights: dict[str, Tensor], power: float = 1.0, decay: float = 1.0):
+        self.weights, self.power, self.decay = weights, power, decay
 
     @staticmethod
-    def fresh(seed: int = 0) -> Predictor:
+    def fresh(power: float = 1.0, decay: float = 1.0, seed: int = 0) -> Predictor:
         """Untrained: drawn as torch's own convolutions are."""
         draw, weights = torch.Generator().manual_seed(seed), {}
         for name, shape in SHAPES.items():
             fan = torch.Size(SHAPES[name.replace("bias", "weight")]).numel() // shape[0] if "head" not in name else 32
             weights[name] = (2 * torch.rand(shape, generator=draw) - 1) * fan**-0.5
-        return Predictor(weights)
+        return Predictor(weights, power, decay)
 
     def on(self, device: torch.device) -> Predictor:
-        return Predictor({n: x.to(device) for n, x in self.weights.items()})
+        return Predictor({n: x.to(device) for n, x in self.weights.items()}, self.power, self.decay)
 
     def next_row(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """real: bool [N,blocks], the blocks there are (None: all); the others are as if the row ended before them."""
-        return self.terms(x, real).mean(1) + self.weights["head.bias"]
+        share = self.shares(x.shape[1], x.device)
+        return torch.einsum("ntb,t->nb", self.terms(x, real), share / share.sum()) + self.weights["head.bias"]
+
+    def shares(self, rows: int, device: torch.device) -> Tensor:
+        """What each row weighs, the newest 1."""
+        return self.decay ** torch.arange(rows - 1, -1, -1, device=device, dtype=torch.float32)
 
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """What every row adds to the mean over time, [N,R,blocks]."""
@@ -53,7 +60,7 @@ class Predictor(Shared):
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
 
     def _some(self, x: Tensor, real: Tensor | None) -> Tensor:
-        w = self.weights
+        w, x = self.weights, x if self.power == 1 else x**self.power
         h = F.conv2d(x[:, None], w["conv1.weight"], w["conv1.bias"], padding=1).relu()
         if real is not None:
             h = h * real[:, None, None]
@@ -79,21 +86,23 @@ class Moving(State):
     def next_row(self, net: Predictor, history: Tensor, real: Tensor | None) -> Tensor:
         """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""
         shape, rows = history.shape, history.shape[2]
+        share = net.shares(rows, history.device)
         x = history.flatten(0, 1)
         if rows < 2 * self.SLAB:
             return net.next_row(x, real).view(*shape[:2], -1)
         if self.sum is None or self.oldest is None:
             terms = net.terms(x, real).view(shape)
             first, last = terms[:, :, : self.SLAB], terms[:, :, -self.SLAB :]
-            self.sum = terms[:, :, 2:-2].double().sum(2)
+            self.sum = torch.einsum("bhtn,t->bhn", terms[:, :, 2:-2].double(), share[2:-2].double())
         else:
             both = torch.cat([x[:, : self.SLAB], x[:, -self.SLAB :]])
             terms = net.terms(both, None if real is None else torch.cat([real, real]))
             first, last = terms.view(2, *shape[:2], self.SLAB, -1)
-            self.sum = self.sum - self.oldest + last[:, :, 2]
+            self.sum = net.decay * (self.sum - share[2] * self.oldest) + share[-3] * last[:, :, 2]
         self.oldest = first[:, :, 2].clone()
-        borders = first[:, :, :2].sum(2) + last[:, :, -2:].sum(2)
-        return (self.sum + borders).float() / rows + net.weights["head.bias"]
+        borders = torch.cat([first[:, :, :2], last[:, :, -2:]], 2), torch.cat([share[:2], share[-2:]])
+        total = self.sum + torch.einsum("bhtn,t->bhn", *borders)
+        return (total / share.sum()).float() + net.weights["head.bias"]
 
 
 def save(file: Path, predictor: Predictor, meta: dict[str, Any]) -> None:
@@ -107,10 +116,11 @@ def load(file: str | None) -> tuple[Predictor, dict[str, Any]]:
             meta, data = _artefact.load(NAME, str(path))
     else:
         meta, data = _artefact.load(NAME, file)
+    meta = {"power": 1.0, "decay": 1.0} | meta
     found = {n: tuple(x.shape) for n, x in data.items()}
     if found != SHAPES:
         raise ValueError(f"{NAME}: expected tensors {SHAPES} in {file!r}, got {found}")
-    return Predictor(data), meta
+    return Predictor(data, meta["power"], meta["decay"]), meta
 
 
 def pooled(weights: Tensor, block: int) -> Tensor:

@@ -24,7 +24,7 @@ from calidrop.cache import KVCache, layers_of
 from calidrop.methods._predictor import Predictor, pooled, save
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
-from calidrop.parts import Deputies, Layer, Selector, check_choice, check_int
+from calidrop.parts import Deputies, Layer, Selector, check_choice, check_int, check_number
 from calidrop.plugin import using
 from calidrop.recipe import Recipe
 from calidrop.store import Store
@@ -39,8 +39,8 @@ SINKS, RECENT = 64, 64  # tokens at either end whose blocks are no candidates
 WAYS = ("attention_predictor", "last row", "mean row", "snapkv once")
 KS = (4, 8, 16, 32)
 GENERATED = 128
-HEADS = 32  # maps in a batch
-RATE = 1e-3
+HEADS = 8  # maps in a batch
+RATE = 3e-3
 
 
 class _Rows(Store):
@@ -100,6 +100,8 @@ def train(
     group: str = "max",
     rows: int = 512,
     steps: int = 3000,
+    power: float = 0.25,
+    decay: float = 0.7,
     name: str = "",
     command: str = "",
     progress: Progress | None = None,
@@ -107,10 +109,12 @@ def train(
 ) -> tuple[Predictor, dict[str, Any]]:
     """Train on windows `ids` [n,length], on the rows of the last `rows` tokens of each, and write `out`.
 
-    name, command: written into the file. every: seconds between writes of the part file from which a killed run
+    power, decay: see `Predictor`. name, command: written into the file. every: seconds between writes of the part file from which a killed run
     continues (the rows are made again). Raises ValueError for windows that are too short."""
     for what, value in (("block", block), ("history", history), ("steps", steps)):
         check_int(what, value, 1)
+    check_number("power", power, 0.01, 1.0)
+    check_number("decay", decay, 0.01, 1.0)
     check_choice("group", group, ("mean", "max"))
     length, tell = ids.shape[1] // block * block, progress or (lambda *_: None)
     if rows <= history or length - rows < SINKS + RECENT + 3 * block:
@@ -119,24 +123,27 @@ def train(
             f"before the first, and at least {SINKS + RECENT + 3 * block} tokens must be in front of them"
         )
     settings = {"model": name, "block": block, "history": history, "group": group, "rows": rows, "steps": steps}
+    settings |= {"power": power, "decay": decay}
     settings |= {"windows": len(ids), "length": length, "text": digest(ids)}
     part = PartFile(out, settings, every)
     data = []
     for w, window in enumerate(ids):
         data.append(rows_of(model, window[:length], rows, block, group))
         tell("rows of attention", w + 1, len(ids))
-    predictor = _fit(part, data, block, history, steps, tell)
+    predictor = _fit(part, data, Predictor.fresh(power, decay), block, history, steps, tell)
     meta = settings | {"command": command, "version": __version__}
     part.finish(lambda file: save(file, predictor, meta))
     return predictor, meta
 
 
-def _fit(part: PartFile, data: list[Tensor], block: int, history: int, steps: int, tell: Progress) -> Predictor:
+def _fit(
+    part: PartFile, data: list[Tensor], net: Predictor, block: int, history: int, steps: int, tell: Progress
+) -> Predictor:
     n, length = data[0].shape[1], data[0].shape[2] * block
-    weights = {name: part.tensors.setdefault(name, x) for name, x in Predictor.fresh().weights.items()}
+    weights = net.weights = {name: part.tensors.setdefault(name, x) for name, x in net.weights.items()}
     for x in weights.values():
         x.requires_grad_(True)
-    predictor, adam = Predictor(weights), torch.optim.Adam(weights.values(), RATE)
+    adam = torch.optim.Adam(weights.values(), RATE)
     done = part.done.get("fit", 0)
     if done:
         _resume(adam, weights, part.tensors, done)
@@ -146,7 +153,7 @@ def _fit(part: PartFile, data: list[Tensor], block: int, history: int, steps: in
         row = int(torch.randint(history, n, (), generator=draw))
         pick = torch.randperm(len(heads), generator=draw)[:HEADS]
         seen = heads[pick, row - history : row + 1, candidates(length, n, row, block)]
-        loss = F.mse_loss(predictor.next_row(seen[:, :-1]), seen[:, -1])
+        loss = F.mse_loss(net.next_row(seen[:, :-1]), seen[:, -1] ** net.power)
         for of in adam.param_groups:
             of["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         adam.zero_grad()
@@ -155,7 +162,7 @@ def _fit(part: PartFile, data: list[Tensor], block: int, history: int, steps: in
         part.tensors.update(_moments(adam, weights))
         part.step("fit", step + 1)
         tell("network", step + 1, steps)
-    return Predictor({name: x.detach() for name, x in weights.items()})
+    return Predictor({name: x.detach() for name, x in weights.items()}, net.power, net.decay)
 
 
 def _moments(adam: torch.optim.Adam, weights: dict[str, Tensor]) -> dict[str, Tensor]:
