@@ -284,7 +284,7 @@ def attention_predictor(
     history: int = 64,
     dense: int = 5,
     skip: int = 2,
-    group: str = "max",
+    group: str = "mean",
     file: str | None = None,
 ) -> Selector:
     """AttentionPredictor (Yang et al., arXiv 2502.04077, sec. 4): everything stays, on the host, and a small network

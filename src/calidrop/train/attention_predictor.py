@@ -77,7 +77,7 @@ class _Probe(Selector):
 
 
 @torch.inference_mode()
-def rows_of(model: Any, ids: Tensor, n: int, block: int, group: str = "max") -> Tensor:
+def rows_of(model: Any, ids: Tensor, n: int, block: int, group: str = "mean") -> Tensor:
     """What the last n tokens of `ids` [length] pay each block of it: fp32 [layers*H,n,length/block]. One pass."""
     cache = KVCache(model, Recipe((_Probe(recent=0, every=None, observe=n, block=block, group=group),)), eager=True)
     model(ids[None].to(model.device), **using(cache), use_cache=True, logits_to_keep=1)
@@ -97,7 +97,7 @@ def train(
     *,
     block: int = 16,
     history: int = 64,
-    group: str = "max",
+    group: str = "mean",
     rows: int = 512,
     steps: int = 3000,
     power: float = 0.25,
@@ -109,8 +109,8 @@ def train(
 ) -> tuple[Predictor, dict[str, Any]]:
     """Train on windows `ids` [n,length], on the rows of the last `rows` tokens of each, and write `out`.
 
-    power, decay: see `Predictor`. name, command: written into the file. every: seconds between writes of the part file from which a killed run
-    continues (the rows are made again). Raises ValueError for windows that are too short."""
+    power, decay: see `Predictor`. name, command: written into the file. every: seconds between writes of the part file
+    from which a killed run continues (the rows are made again). Raises ValueError for windows that are too short."""
     for what, value in (("block", block), ("history", history), ("steps", steps)):
         check_int(what, value, 1)
     check_number("power", power, 0.01, 1.0)
