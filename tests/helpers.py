@@ -30,7 +30,7 @@ def untrained(block: int = 4, history: int = 8) -> str:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = Path(folder) / f"{block}-{history}.safetensors"
-    _predictor.save(file, _predictor.Predictor.fresh(), {"block": block, "history": history, "group": "mean"})
+    _predictor.save(file, _predictor.Predictor.fresh(), {"block": block, "history": history})
     return str(file)
 
 

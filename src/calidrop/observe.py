@@ -43,9 +43,13 @@ class Observation(State):
     def weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H W N"]:
         """True softmax weights on the tokens; `group` says what is taken of those of a kv head's query heads, their
         "mean" or "max". Pads weigh 0."""
-        s = logits(self.queries, t.k, t.pos)  # [B,H,G,W,N]
-        p = torch.exp(s - finite(self.lse).view(*s.shape[:4], 1))
+        p = self.head_weights(t)
         return p.mean(2) if group == "mean" else p.amax(2)
+
+    def head_weights(self, t: Tokens) -> Float[Tensor, "B H G W N"]:
+        """`weights` of every query head."""
+        s = logits(self.queries, t.k, t.pos)
+        return torch.exp(s - finite(self.lse).view(*s.shape[:4], 1))
 
     def mean_weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H N"]:
         """`weights` averaged over the observed queries that are not pads."""

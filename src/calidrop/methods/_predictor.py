@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
+from calidrop.observe import Observation
 from calidrop.state import Shared, State
+from calidrop.tokens import Tokens
 
 NAME = "attention_predictor"
 COMMAND = "calidrop train attention-predictor"
@@ -126,6 +128,11 @@ def load(file: str | None) -> tuple[Predictor, dict[str, Any]]:
 def pooled(weights: Tensor, block: int) -> Tensor:
     """[...,blocks*block] -> [...,blocks]"""
     return weights.unflatten(-1, (-1, block)).amax(-1)
+
+
+def pooled_rows(obs: Observation, t: Tokens, block: int) -> Tensor:
+    """What the observed queries pay each block of `t`, the mean over the query heads of a kv head: [B,H,W,blocks]."""
+    return pooled(obs.head_weights(t), block).mean(2)
 
 
 def newest(rows: Tensor, real: Tensor, n: int) -> Tensor:

@@ -13,7 +13,7 @@ from calidrop import budgets, ops
 from calidrop.attention import Partial, Queries, finite, logits, merge
 from calidrop.budgets import Amount, best
 from calidrop.coded import whole_units
-from calidrop.methods._predictor import Moving, Predictor, load, newest, pooled
+from calidrop.methods._predictor import Moving, Predictor, load, newest, pooled, pooled_rows
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, HostLog
 from calidrop.ops.piece import Piece
@@ -22,7 +22,6 @@ from calidrop.parts import (
     Layer,
     Selector,
     check_budget,
-    check_choice,
     check_int,
     method,
 )
@@ -34,7 +33,7 @@ from calidrop.tokens import Tokens
 @dataclass(frozen=True)
 class Sizes:
     """In tokens: budget, sinks, recent, block (pooled into one number), span (fetched as one). In rows or steps:
-    history, dense. group: how the query heads of a kv head are pooled."""
+    history, dense."""
 
     budget: Amount
     sinks: int
@@ -43,7 +42,6 @@ class Sizes:
     span: int
     history: int
     dense: int
-    group: str
 
 
 class Predicted(Store):
@@ -112,8 +110,8 @@ class Predicted(Store):
         in the prompt, so what they paid is exact."""
         size, last = self.sizes, obs.last(self.sizes.history)
         step = max(1, (1 << 14) // size.span) * size.span  # tokens weighed at once
-        parts = [last.weights(t.slice(i, i + step), size.group) for i in range(0, len(t), step)]
-        columns = torch.cat([pooled(w, size.block) for w in parts], -1)
+        parts = [pooled_rows(last, t.slice(i, i + step), size.block) for i in range(0, len(t), step)]
+        columns = torch.cat(parts, -1)
         columns = newest(columns, last.queries.pos >= 0, size.history)  # [B,H,R,new]
         per, before = size.span // size.block, self._spans()
         assert self.history is not None
@@ -228,15 +226,14 @@ class Predicted(Store):
             assert self.history is not None
             return self.history.new_zeros(*self.history.shape[:2], len(last.queries), 0)
         B, H, G, W, _ = self.peaks.shape
-        w = torch.exp(self.peaks - finite(last.lse).view(B, H, G, W, 1))
-        return w.mean(2) if self.sizes.group == "mean" else w.amax(2)
+        return torch.exp(self.peaks - finite(last.lse).view(B, H, G, W, 1)).mean(2)
 
     def _sparse_row(self, step: Observation) -> Tensor:
         """The same of one query that was answered from what was fetched; 0 for the other blocks."""
         assert self.history is not None and self.ids is not None
         row = self.history.new_zeros(*self.history.shape[:2], 1, self.history.shape[3] + 1)
         for t in (t for store in self._fetched() for t in store.tokens()):
-            w = pooled(step.weights(t, self.sizes.group), self.sizes.block)
+            w = pooled_rows(step, t, self.sizes.block)
             at = self._blocks(self.ids).masked_fill(
                 (self.ids < 0).repeat_interleave(w.shape[3] // self.ids.shape[2], 2), -1
             )
@@ -284,7 +281,6 @@ def attention_predictor(
     history: int = 64,
     dense: int = 5,
     skip: int = 2,
-    group: str = "mean",
     file: str | None = None,
 ) -> Selector:
     """AttentionPredictor (Yang et al., arXiv 2502.04077, sec. 4): everything stays, on the host, and a small network
@@ -294,8 +290,8 @@ def attention_predictor(
     block. recent: the least number of last tokens that are. block: tokens pooled into one number (their largest
     weight); counted from each row's first real token. history: rows of these numbers that the network sees. dense:
     every so many generated tokens the host is asked for everything (exact), which keeps the history true. skip: so many
-    first layers keep everything on the device. group: "mean" or "max", what is taken of the weights of a kv head's
-    query heads. file: from `calidrop train attention-predictor`; None: the one that comes with the package.
+    first layers keep everything on the device. file: from `calidrop train attention-predictor`; None: the one that
+    comes with the package.
 
     A storage says how blocks are kept on the host and fetched; where its units are longer than a block, blocks are
     fetched together. Bytes per token and kv head on the device: 4 * history / block, plus budget tokens.
@@ -314,15 +310,14 @@ def attention_predictor(
     check_budget(name, budget, sinks + recent)
     if sinks % block:
         raise ValueError(f"{name}: sinks must be a multiple of block, got sinks={sinks} and block={block}")
-    check_choice(f"{name}: group", group, ("mean", "max"))
     if file is not None and not isinstance(file, str):
         raise ValueError(f"{name}: file must be a path in quotes, got {file!r}")
     predictor, meta = load(file)
-    for what, value in (("block", block), ("history", history), ("group", group)):
+    for what, value in (("block", block), ("history", history)):
         if meta[what] != value:
             raise ValueError(
                 f"{name}: {file or 'the network in the package'} was trained with {what}={meta[what]!r}, got {value!r}"
             )
 
-    sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, history, dense, group)
+    sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, history, dense)
     return Fetch(recent=recent, every=block, observe=history, sizes=sizes, skip=skip, net=functools.cache(predictor.on))

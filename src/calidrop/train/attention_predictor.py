@@ -21,10 +21,10 @@ from torch import Tensor
 from calidrop import __version__
 from calidrop.attention import Partial, Queries
 from calidrop.cache import KVCache, layers_of
-from calidrop.methods._predictor import Predictor, pooled, save
+from calidrop.methods._predictor import Predictor, pooled_rows, save
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
-from calidrop.parts import Deputies, Layer, Selector, check_choice, check_int, check_number
+from calidrop.parts import Deputies, Layer, Selector, check_int, check_number
 from calidrop.plugin import using
 from calidrop.recipe import Recipe
 from calidrop.store import Store
@@ -46,12 +46,12 @@ RATE = 3e-3
 class _Rows(Store):
     """Of a prompt keeps nothing but what its last queries paid every block, fp32 [B,H,W,blocks]."""
 
-    def __init__(self, block: int, group: str):
-        self.block, self.group = block, group
+    def __init__(self, block: int):
+        self.block = block
         self.rows: Tensor | None = None
 
     def add(self, t: Tokens, obs: Observation) -> None:
-        self.rows = pooled(obs.weights(t, self.group), self.block)
+        self.rows = pooled_rows(obs, t, self.block)
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         return []
@@ -70,16 +70,15 @@ class _Rows(Store):
 @dataclass(frozen=True, kw_only=True)
 class _Probe(Selector):
     block: int
-    group: str
 
     def store(self, layer: Layer, kept: Callable[[], Store], rest: Store | None, stand: Deputies | None) -> Store:
-        return _Rows(self.block, self.group)
+        return _Rows(self.block)
 
 
 @torch.inference_mode()
-def rows_of(model: Any, ids: Tensor, n: int, block: int, group: str = "mean") -> Tensor:
+def rows_of(model: Any, ids: Tensor, n: int, block: int) -> Tensor:
     """What the last n tokens of `ids` [length] pay each block of it: fp32 [layers*H,n,length/block]. One pass."""
-    cache = KVCache(model, Recipe((_Probe(recent=0, every=None, observe=n, block=block, group=group),)), eager=True)
+    cache = KVCache(model, Recipe((_Probe(recent=0, every=None, observe=n, block=block),)), eager=True)
     model(ids[None].to(model.device), **using(cache), use_cache=True, logits_to_keep=1)
     stores = (layer.state.store for layer in cache.layers)  # type: ignore[attr-defined]
     return torch.cat([store.rows[0].cpu() for store in stores if isinstance(store, _Rows) and store.rows is not None])
@@ -97,7 +96,6 @@ def train(
     *,
     block: int = 16,
     history: int = 64,
-    group: str = "mean",
     rows: int = 512,
     steps: int = 3000,
     power: float = 0.25,
@@ -110,26 +108,26 @@ def train(
     """Train on windows `ids` [n,length], on the rows of the last `rows` tokens of each, and write `out`.
 
     power, decay: see `Predictor`. name, command: written into the file. every: seconds between writes of the part file
-    from which a killed run continues (the rows are made again). Raises ValueError for windows that are too short."""
+    from which a killed run continues. Raises ValueError for windows that are too short."""
     for what, value in (("block", block), ("history", history), ("steps", steps)):
         check_int(what, value, 1)
     check_number("power", power, 0.01, 1.0)
     check_number("decay", decay, 0.01, 1.0)
-    check_choice("group", group, ("mean", "max"))
     length, tell = ids.shape[1] // block * block, progress or (lambda *_: None)
     if rows <= history or length - rows < SINKS + RECENT + 3 * block:
         raise ValueError(
             f"windows of {ids.shape[1]} tokens are too short or too few rows: got {rows} rows of which {history} come "
             f"before the first, and at least {SINKS + RECENT + 3 * block} tokens must be in front of them"
         )
-    settings = {"model": name, "block": block, "history": history, "group": group, "rows": rows, "steps": steps}
+    settings = {"model": name, "block": block, "history": history, "rows": rows, "steps": steps}
     settings |= {"power": power, "decay": decay}
     settings |= {"windows": len(ids), "length": length, "text": digest(ids)}
     part = PartFile(out, settings, every)
-    data = []
-    for w, window in enumerate(ids):
-        data.append(rows_of(model, window[:length], rows, block, group))
+    for w in range(part.done.get("rows", 0), len(ids)):
+        part.tensors[f"rows.{w}"] = rows_of(model, ids[w, :length], rows, block).half()
+        part.step("rows", w + 1)
         tell("rows of attention", w + 1, len(ids))
+    data = [part.tensors[f"rows.{w}"] for w in range(len(ids))]
     predictor = _fit(part, data, Predictor.fresh(power, decay), block, history, steps, tell)
     meta = settings | {"command": command, "version": __version__}
     part.finish(lambda file: save(file, predictor, meta))
@@ -152,7 +150,7 @@ def _fit(
         heads = data[int(torch.randint(len(data), (), generator=draw))]
         row = int(torch.randint(history, n, (), generator=draw))
         pick = torch.randperm(len(heads), generator=draw)[:HEADS]
-        seen = heads[pick, row - history : row + 1, candidates(length, n, row, block)]
+        seen = heads[pick, row - history : row + 1, candidates(length, n, row, block)].float()
         loss = F.mse_loss(net.next_row(seen[:, :-1]), seen[:, -1] ** net.power)
         for of in adam.param_groups:
             of["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -194,7 +192,7 @@ def recall(
     block, history, found = meta["block"], meta["history"], []
     length, n = ids.shape[1] // block * block, history + GENERATED
     for w, window in enumerate(ids):
-        rows = rows_of(model, window[:length], n, block, meta["group"])
+        rows = rows_of(model, window[:length], n, block)
         rows = rows[skip * len(rows) // len(layers_of(model)) :]
         once = rows[:, max(0, history - 32) : history].mean(1)
         asked, sums = range(history, n, 4), {}
