@@ -16,6 +16,7 @@ from calidrop.offload import HostLog
 from calidrop.recipe import parse
 from calidrop.state import Shared, held_bytes
 from calidrop.train import attention_predictor as training
+from calidrop.train._text import windows as cut
 from helpers import feed, layer_of, predictor, random_qkv
 from tiny import batch, generate, tiny, worst
 
@@ -271,6 +272,18 @@ def test_everything_selected_is_full_attention():
     assert worst(ours, logits) < 2e-4
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3"])
+def test_every_kind_of_layer(family):
+    """Sliding layers, softcap and sinks: asking the host at every step is full attention; the rows sum to the rest."""
+    model, inputs = tiny(family), batch()
+    want, logits = generate(model, inputs, calidrop.KVCache(model))
+    tokens, ours = generate(model, inputs, calidrop.KVCache(model, predictor(24, dense=1)))
+    assert torch.equal(tokens, want)
+    assert worst(ours, logits) < 2e-4
+    _, sparse = generate(model, inputs, calidrop.KVCache(model, predictor(24, dense=99)))
+    assert worst(sparse, logits) > 1e-2
+
+
 @torch.no_grad()
 def test_bytes_on_either_side():
     """Host: every token that is in a full block. Device: what is fetched, waits, or is first or recent, and rows."""
@@ -475,3 +488,32 @@ def test_wrong_commands_are_told_before_any_work(args, why, tmp_path, monkeypatc
     assert result.exit_code == 2
     assert why in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ---- the real model
+
+
+@pytest.mark.slow
+def test_the_network_finds_more_than_the_last_row_and_snapkv(smollm2):
+    """On text that neither the network nor its settings were made on."""
+    model, tokenizer = smollm2
+    ids = cut(tokenizer, (Path(__file__).parent / "data" / "alice.txt").read_text(), 2, 1536)
+    found = training.recall(model, ids, *load(None))
+    mine, last, once = (found[way].mean(0) for way in ("attention_predictor", "last row", "snapkv once"))
+    assert bool((mine > last).all()), (mine, last)
+    assert bool((mine > once + 0.02).all()), (mine, once)
+
+
+@pytest.mark.slow
+def test_real_padded_rows_and_lookup_decoding(smollm2):
+    model, tokenizer = smollm2
+    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    texts, recipe = [text[9000:10200], text[30000:31900]], "attention_predictor(budget=128, sinks=16, recent=16)"
+    inputs = dict(tokenizer(texts, return_tensors="pt", padding=True))
+    _, logits = generate(model, inputs, calidrop.KVCache(model, recipe), new=12)
+    for i, one in enumerate(texts):
+        alone = dict(tokenizer(one, return_tensors="pt"))
+        plain, row_logits = generate(model, alone, calidrop.KVCache(model, recipe), new=12)
+        assert worst(logits[i : i + 1], row_logits) < 5e-3
+    lookup = {"prompt_lookup_num_tokens": 3, "output_logits": False}
+    assert torch.equal(plain, generate(model, alone, calidrop.KVCache(model, recipe), new=12, **lookup)[0])
