@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import calidrop
 from calidrop.attention import Queries, attend
 from calidrop.cli import app
-from calidrop.methods._predictor import SHAPES, Moving, Predictor, load, newest, save
+from calidrop.methods._predictor import SHAPES, Predictor, load, save
+from calidrop.methods._rows import Moving, newest
 from calidrop.offload import HostLog
 from calidrop.recipe import parse
 from calidrop.state import Shared, held_bytes
@@ -40,7 +41,7 @@ def step_by_step(recipe, qkv, prompt, pads=None, net=None):
     """Yields (layer, output of the step) after a prompt, and after every token behind it."""
     kv = layer_of(recipe, qkv)
     if net is not None:
-        kv.state.store.predictor = lambda device: net
+        kv.state.store.rows.network = lambda device: net
     feed(kv, tuple(x[:, :, :prompt] for x in qkv), None, pads)
     kv.settle()
     yield kv, None
@@ -204,7 +205,7 @@ def test_dense_at_every_step_remembers_the_true_rows(prompt):
         want = true_rows(tuple(x[:, :, :seen] for x in qkv), pads, 4, 8)
         for b, rows in enumerate(want):
             n = int(kv.state.store._spans()[b])
-            got = kv.state.store.history[b]
+            got = kv.state.store.rows.history[b]
             assert got[..., n:].eq(0).all()
             torch.testing.assert_close(got[:, 8 - rows.shape[1] :, :n], rows[..., 1 : n + 1], atol=1e-6, rtol=1e-5)
             assert got[:, : 8 - rows.shape[1]].eq(0).all()
@@ -222,9 +223,9 @@ def test_a_sparse_row_is_zero_elsewhere_and_sums_to_what_was_kept():
             qs = Queries(qkv[0][:, :, seen - 1 : seen], torch.tensor([[seen - 1]]), D**-0.5)
             s = qs.q[0, :, 0].view(2, 3, D) @ qkv[1][0, :, :seen].transpose(-1, -2) * D**-0.5
             w = s.masked_fill(pos[:, None] < 0, float("-inf")).softmax(-1)
-            n = store.history.shape[-1]
+            n = store.rows.history.shape[-1]
             torch.testing.assert_close(
-                store.history[0, :, -1], w[..., 4 : 4 + 4 * n].unflatten(-1, (-1, 4)).amax(-1).mean(1)
+                store.rows.history[0, :, -1], w[..., 4 : 4 + 4 * n].unflatten(-1, (-1, 4)).amax(-1).mean(1)
             )
         before = on_device(kv)[0]
 
@@ -299,7 +300,7 @@ def test_bytes_on_either_side():
     model = tiny()
     both = calidrop.KVCache(model, predictor(24))
     generate(model, batch(), both, new=2)
-    nets = {id(x) for layer in both.layers for x in layer.state.store.net.weights.values()}
+    nets = {id(x) for layer in both.layers for x in layer.state.store.rows.net.weights.values()}
     assert len(nets) == 6  # one network for all layers
 
 

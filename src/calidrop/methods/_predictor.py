@@ -1,4 +1,4 @@
-"""The network that predicts the next row of block-pooled attention, and the rows it is given."""
+"""The network that predicts the next row of block-pooled attention, and the file it is kept in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
-from calidrop.observe import Observation
-from calidrop.state import Shared, State
-from calidrop.tokens import Tokens
+from calidrop.state import Shared
 
 NAME = "attention_predictor"
 COMMAND = "calidrop train attention-predictor"
@@ -70,43 +68,6 @@ class Predictor(Shared):
         return torch.einsum("nctb,c->ntb", h, w["head.weight"])
 
 
-class Moving(State):
-    """`Predictor.next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
-    all: two convolutions see two rows to either side, so only rows next to the borders change, one becomes an inner row
-    and one ceases to be. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the next of them to go."""
-
-    SLAB = 5  # rows at a border: two that feel it, the inner one beside them, and what these see
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.oldest: Tensor | None = None
-
-    def forget(self) -> None:
-        """The history changed in another way."""
-        self.sum = self.oldest = None
-
-    def next_row(self, net: Predictor, history: Tensor, real: Tensor | None) -> Tensor:
-        """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""
-        shape, rows = history.shape, history.shape[2]
-        share = net.shares(rows, history.device)
-        x = history.flatten(0, 1)
-        if rows < 2 * self.SLAB:
-            return net.next_row(x, real).view(*shape[:2], -1)
-        if self.sum is None or self.oldest is None:
-            terms = net.terms(x, real).view(shape)
-            first, last = terms[:, :, : self.SLAB], terms[:, :, -self.SLAB :]
-            self.sum = torch.einsum("bhtn,t->bhn", terms[:, :, 2:-2].double(), share[2:-2].double())
-        else:
-            both = torch.cat([x[:, : self.SLAB], x[:, -self.SLAB :]])
-            terms = net.terms(both, None if real is None else torch.cat([real, real]))
-            first, last = terms.view(2, *shape[:2], self.SLAB, -1)
-            self.sum = net.decay * (self.sum - share[2] * self.oldest) + share[-3] * last[:, :, 2]
-        self.oldest = first[:, :, 2].clone()
-        borders = torch.cat([first[:, :, :2], last[:, :, -2:]], 2), torch.cat([share[:2], share[-2:]])
-        total = self.sum + torch.einsum("bhtn,t->bhn", *borders)
-        return (total / share.sum()).float() + net.weights["head.bias"]
-
-
 def save(file: Path, predictor: Predictor, meta: dict[str, Any]) -> None:
     _artefact.save(NAME, file, meta, predictor.weights)
 
@@ -123,25 +84,3 @@ def load(file: str | None) -> tuple[Predictor, dict[str, Any]]:
     if found != SHAPES:
         raise ValueError(f"{NAME}: expected tensors {SHAPES} in {file!r}, got {found}")
     return Predictor(data, meta["power"], meta["decay"]), meta
-
-
-def pooled(weights: Tensor, block: int) -> Tensor:
-    """[...,blocks*block] -> [...,blocks]"""
-    return weights.unflatten(-1, (-1, block)).amax(-1)
-
-
-def pooled_rows(obs: Observation, t: Tokens, block: int) -> Tensor:
-    """What the observed queries pay each block of `t`, the mean over the query heads of a kv head: [B,H,W,blocks]."""
-    return pooled(obs.head_weights(t), block).mean(2)
-
-
-def newest(rows: Tensor, real: Tensor, n: int) -> Tensor:
-    """rows: [B,H,T,blocks], oldest first; real: bool [B,T]. -> the last n that are real, [B,H,n,blocks], zeros in front
-    where there are fewer."""
-    if rows.shape[2] < n:
-        short = n - rows.shape[2]
-        rows, real = F.pad(rows, (0, 0, short, 0)), F.pad(real, (short, 0))
-    if not bool(real[:, -n:].all()):
-        order = real.to(torch.int8).argsort(dim=-1, stable=True)  # those that are not first
-        rows = (rows * real[:, None, :, None]).gather(2, order[:, None, :, None].expand_as(rows))
-    return rows[:, :, -n:].contiguous()

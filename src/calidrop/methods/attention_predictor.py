@@ -6,25 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop import budgets, ops
-from calidrop.attention import Partial, Queries, finite, logits, merge
+from calidrop.attention import Partial, Queries, logits, merge
 from calidrop.budgets import Amount, best
 from calidrop.coded import whole_units
-from calidrop.methods._predictor import Moving, Predictor, load, newest, pooled, pooled_rows
+from calidrop.methods._predictor import Predictor, load
+from calidrop.methods._rows import Rows, pooled_rows
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, HostLog
 from calidrop.ops.piece import Piece
-from calidrop.parts import (
-    Deputies,
-    Layer,
-    Selector,
-    check_budget,
-    check_int,
-    method,
-)
+from calidrop.parts import Deputies, Layer, Selector, check_budget, check_int, method
 from calidrop.state import Ragged
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
@@ -32,15 +25,13 @@ from calidrop.tokens import Tokens
 
 @dataclass(frozen=True)
 class Sizes:
-    """In tokens: budget, sinks, recent, block (pooled into one number), span (fetched as one). In rows or steps:
-    history, dense."""
+    """In tokens: budget, sinks, recent, block (pooled into one number), span (fetched as one). dense: steps."""
 
     budget: Amount
     sinks: int
     recent: int
     block: int
     span: int
-    history: int
     dense: int
 
 
@@ -48,16 +39,11 @@ class Predicted(Store):
     """All tokens on the host in spans, of which the device holds those that the next query is expected to attend to.
 
     On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids`
-    int64 [B,H,n] says which they are, -1: none); `history` fp32 [B,H,R,blocks], rows of pooled attention to the blocks
-    that are on the host, in order, zero where a row has fewer."""
+    int64 [B,H,n] says which they are, -1: none); and `rows` of pooled attention to what is on the host."""
 
-    def __init__(self, codec: Store, sizes: Sizes, predictor: Callable[[torch.device], Predictor]):
-        self.codec, self.sizes, self.predictor = codec, sizes, predictor
+    def __init__(self, codec: Store, sizes: Sizes, rows: Rows):
+        self.codec, self.sizes, self.rows = codec, sizes, rows
         self.first, self.waiting, self.log = Exact(), Exact(), HostLog()
-        self.net: Predictor | None = None
-        self.history: Tensor | None = None
-        self.moving = Moving()
-        self.peaks: Tensor | None = None  # [B,H,G,W,blocks]: largest logits of a dense step, until its lse is known
         self.ids: Tensor | None = None  # None: the next step asks the host for everything
         self.held: Ragged | None = None
         self.arrival = Arrival()
@@ -69,15 +55,13 @@ class Predicted(Store):
     def add(self, t: Tokens, obs: Observation) -> None:
         prompt = self.context is None or not torch.equal(self.context, obs.context)
         self.context, self.since = obs.context, 0
-        if self.history is None:
-            self.history = t.k.new_zeros(*t.k.shape[:2], self.sizes.history, 0, dtype=torch.float32)
-            self.net = self.predictor(t.k.device)
+        self.rows.begin(t)
         t = self._after_sinks(Tokens(t.k, t.v, t.pos, {}, t.dense), obs)
         t, full = whole_units(self.waiting, t, self.sizes.span, obs)
         new = full.shape[2]
         if new:
             before = self._spans()
-            self._remember(t, full, obs)
+            self.rows.join(t, full, before, obs)
             self.codec.add(t, obs)
             units = self.codec.leave()
             assert units is not None
@@ -105,43 +89,18 @@ class Predicted(Store):
         assert self.context is not None
         return self.log.lens[:, 0].to(self.context.device) if self.log.segments else torch.zeros_like(self.context)
 
-    def _remember(self, t: Tokens, full: Tensor, obs: Observation) -> None:
-        """History of blocks that come: the last queries have attended all of their tokens, as sinks, in the window, or
-        in the prompt, so what they paid is exact."""
-        size, last = self.sizes, obs.last(self.sizes.history)
-        step = max(1, (1 << 14) // size.span) * size.span  # tokens weighed at once
-        parts = [pooled_rows(last, t.slice(i, i + step), size.block) for i in range(0, len(t), step)]
-        columns = torch.cat(parts, -1)
-        columns = newest(columns, last.queries.pos >= 0, size.history)  # [B,H,R,new]
-        per, before = size.span // size.block, self._spans()
-        assert self.history is not None
-        width = int((before + full[:, 0].sum(-1)).max()) * per
-        at = before[:, None] * per + torch.arange(columns.shape[-1], device=before.device)
-        at = torch.where(full[:, 0].repeat_interleave(per, 1), at, width)  # what does not exist goes behind the end
-        grown = F.pad(self.history, (0, width + 1 - self.history.shape[-1]))
-        self.moving.forget()
-        self.history = grown.scatter(3, at[:, None, None].expand_as(columns), columns)[..., :width].contiguous()
-
     # ---- looking ahead
 
     def _look_ahead(self) -> None:
         """Predict what the next query attends to and fetch it, unless that step asks for everything anyway."""
         self.ids = self.held = None
-        assert self.history is not None and self.net is not None
         if self.sizes.dense == 1:
             return
-        B, H, _, blocks = self.history.shape
-        if blocks == 0:
-            self.ids = torch.zeros(B, H, 0, dtype=torch.long, device=self.history.device)
-            return
-        spans, per = self._spans(), self.sizes.span // self.sizes.block
-        there = torch.arange(blocks // per, device=spans.device) < spans[:, None]  # [B,spans]
-        real = None
-        if not bool(there.all()):
-            real = there.repeat_interleave(per, 1).repeat_interleave(H, 0)
-        score = self.moving.next_row(self.net, self.history, real)  # even if it is not used, as it follows the rows
+        spans, (B, H, n) = self._spans(), self.rows.shape(self.sizes.span)
+        there = torch.arange(n, device=spans.device) < spans[:, None]  # [B,spans]
+        score = self.rows.next_row(there)  # even if it is not used, as it follows the rows
         if (self.steps + 1) % self.sizes.dense:
-            self._fetch(pooled(score, per), there)
+            self._fetch(score.view(B, H, n, -1).amax(-1) if n else score, there)
 
     def _fetch(self, score: Tensor, there: Tensor) -> None:
         """score: [B,H,spans]; there: bool [B,spans]. Brings the best there is room for."""
@@ -184,61 +143,29 @@ class Predicted(Store):
         return [self.codec.reader(self.held.opened())]
 
     def _ask_all(self, qs: Queries) -> Partial:
-        """Exact, chunk by chunk. Notes the largest logit of every block, as the total lse is not known yet."""
-        assert self.history is not None
-        last, size, found = qs.last(self.sizes.history), self.sizes, []
-        B, H, _, blocks = self.history.shape
-        peaks = self.history.new_full((B, H, qs.q.shape[1] // H, len(last), blocks + 1), float("-inf"))
+        """Exact, chunk by chunk."""
+        last, found = qs.last(self.rows.size), []
         for chunk in self.log.chunks():
             store = self.codec.reader(Ragged(chunk.data, chunk.keep).opened())
             found.append(ops.joined(qs, store.attend(qs)))
             (t,) = store.tokens()
-            highest = pooled(logits(last, t.k, t.pos), size.block)
-            at = self._blocks(chunk.first[..., None] + torch.arange(chunk.keep.shape[2], device=t.pos.device))
-            at = torch.where(chunk.keep.repeat_interleave(size.span // size.block, 2), at, blocks)[:, :, None, None]
-            peaks = peaks.scatter(4, at.expand_as(highest), highest)
-        self.peaks = peaks[..., :blocks]
+            ids = chunk.first[..., None] + torch.arange(chunk.keep.shape[2], device=t.pos.device)
+            self.rows.peak(logits(last, t.k, t.pos), ids.masked_fill(~chunk.keep, -1))
         return merge(found)
-
-    def _blocks(self, spans: Tensor) -> Tensor:
-        """[B,H,n] spans -> [B,H,n*per], the columns of their blocks in the history."""
-        per = self.sizes.span // self.sizes.block
-        return (spans[..., None] * per + torch.arange(per, device=spans.device)).flatten(2)
 
     def observe(self, step: Observation) -> None:
         self.codec.observe(step)
-        if self.history is None:  # the first prompt
+        if self.context is None:  # the first prompt
             return
-        last = step.last(self.sizes.history)
-        rows = self._dense_rows(last) if self.ids is None else self._sparse_row(last)
-        self.peaks = None
-        real = torch.cat([last.queries.pos.new_ones(len(rows), self.sizes.history), last.queries.pos + 1], 1) > 0
-        self.history = newest(torch.cat([self.history, rows], 2), real, self.sizes.history)
+        last = step.last(self.rows.size)
+        if self.ids is None:
+            self.rows.push_peaks(last)
+        else:
+            fetched = [t for store in self._fetched() for t in store.tokens()]
+            self.rows.push(last, pooled_rows(last, fetched[0], self.sizes.block) if fetched else None, self.ids)
         if len(step.queries) == 1:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()
-        else:
-            self.moving.forget()
-
-    def _dense_rows(self, last: Observation) -> Tensor:
-        """What the last queries paid each block, [B,H,W,blocks]."""
-        if self.peaks is None:  # nothing is on the host
-            assert self.history is not None
-            return self.history.new_zeros(*self.history.shape[:2], len(last.queries), 0)
-        B, H, G, W, _ = self.peaks.shape
-        return torch.exp(self.peaks - finite(last.lse).view(B, H, G, W, 1)).mean(2)
-
-    def _sparse_row(self, step: Observation) -> Tensor:
-        """The same of one query that was answered from what was fetched; 0 for the other blocks."""
-        assert self.history is not None and self.ids is not None
-        row = self.history.new_zeros(*self.history.shape[:2], 1, self.history.shape[3] + 1)
-        for t in (t for store in self._fetched() for t in store.tokens()):
-            w = pooled_rows(step, t, self.sizes.block)
-            at = self._blocks(self.ids).masked_fill(
-                (self.ids < 0).repeat_interleave(w.shape[3] // self.ids.shape[2], 2), -1
-            )
-            row = row.scatter(3, torch.where(at < 0, row.shape[3] - 1, at)[:, :, None], w)
-        return row[..., :-1]
 
     # ---- the rest of a store
 
@@ -269,7 +196,8 @@ class Fetch(Selector):
             return codec
         if not codec.unit:
             raise ValueError(f"{self}: cannot fetch parts of what is stored like this: {codec.describe()}")
-        return Predicted(codec, replace(self.sizes, span=math.lcm(self.sizes.block, codec.unit)), self.net)
+        sizes = replace(self.sizes, span=math.lcm(self.sizes.block, codec.unit))
+        return Predicted(codec, sizes, Rows(self.observe, sizes.block, self.net))
 
 
 @method("AttentionPredictor, arXiv 2502.04077")
@@ -296,9 +224,10 @@ def attention_predictor(
     A storage says how blocks are kept on the host and fetched; where its units are longer than a block, blocks are
     fetched together. Bytes per token and kv head on the device: 4 * history / block, plus budget tokens.
 
-    Deviations: selection is per kv head; its rows are pooled over the query group before the network sees them. Blocks
-    that are not full are always attended, and count: so between 0 and 2 blocks less than the paper's are predicted, and
-    no token is out of reach. What is fetched stays until the next prediction. A block of queries (a second prompt) is
+    Deviations: selection is per kv head, whose rows are the mean of its query heads'. Blocks that are not full are
+    always attended, and count: up to two blocks less than the paper's are predicted, and no token is out of reach. The
+    network in the package sees fourth roots of the weights and averages over time with more weight on newer rows; the
+    paper's form, with neither, finds less than the last row does here (LOG.md). A block of queries (a second prompt) is
     answered exactly from the host.
     """
     name = "attention_predictor"
@@ -319,5 +248,5 @@ def attention_predictor(
                 f"{name}: {file or 'the network in the package'} was trained with {what}={meta[what]!r}, got {value!r}"
             )
 
-    sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, history, dense)
+    sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, dense)
     return Fetch(recent=recent, every=block, observe=history, sizes=sizes, skip=skip, net=functools.cache(predictor.on))

@@ -21,7 +21,8 @@ from torch import Tensor
 from calidrop import __version__
 from calidrop.attention import Partial, Queries
 from calidrop.cache import KVCache, layers_of
-from calidrop.methods._predictor import Predictor, pooled_rows, save
+from calidrop.methods._predictor import Predictor, save
+from calidrop.methods._rows import pooled_rows
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Deputies, Layer, Selector, check_int, check_number
