@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
 SINKS, RECENT = 64, 64  # tokens at either end whose blocks are no candidates
-WAYS = ("attention_predictor", "last row", "mean row", "snapkv once")
+WAYS = ("attention_predictor", "last row", "mean row", "moving average", "snapkv once")
 KS = (4, 8, 16, 32)
 GENERATED = 128
 HEADS = 8  # maps in a batch
@@ -186,7 +186,8 @@ def recall(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """How many of the k blocks that a query pays most are among the k largest of a prediction, [windows,KS] per way to
-    predict: the network, the row before, the mean of the rows it sees, and what the last 32 rows of the prompt paid.
+    predict: the network, the row before, the mean of the rows it sees, that of their fourth roots with less weight on
+    older ones, and what the last 32 rows of the prompt paid.
 
     Each window is a prompt whose last GENERATED tokens count as decoded; every fourth is asked, in all layers but the
     first `skip`. Rows are true ones: nothing that was selected before changes them."""
@@ -200,7 +201,8 @@ def recall(
         for row in asked:
             at = candidates(length, n, row, block)
             seen, truth = rows[:, row - history : row, at], rows[:, row, at]
-            scores = predictor.next_row(seen), seen[:, -1], seen.mean(1), once[:, at]
+            moving = torch.einsum("ntb,t->nb", seen**0.25, 0.7 ** torch.arange(history - 1, -1, -1.0))
+            scores = predictor.next_row(seen), seen[:, -1], seen.mean(1), moving, once[:, at]
             for way, score in zip(WAYS, scores, strict=True):
                 sums[way] = sums.get(way, 0) + torch.stack([hit(score, truth, k) for k in KS]) / len(asked)
         found.append(sums)
