@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import calidrop
 from calidrop.attention import Queries, attend
 from calidrop.cli import app
-from calidrop.methods._predictor import SHAPES, Predictor, load, save
+from calidrop.methods._predictor import SHAPES, Average, Predictor, load, save
 from calidrop.methods._rows import Moving, newest
 from calidrop.offload import HostLog
 from calidrop.recipe import parse
@@ -119,6 +119,12 @@ def test_moving_by_a_row_is_the_network(rows, power, decay):
         want = net.next_row(history.flatten(0, 1), real).view(2, 3, 20)
         torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(got[1, :, :13], want[1, :, :13], atol=1e-6, rtol=1e-5)
+    moving.forget()
+    for i in range(40):
+        got = moving.next_row(Average(power, decay), x[:, :, i : i + rows], None)
+        age = decay ** torch.arange(rows - 1, -1, -1.0)
+        want = (x[:, :, i : i + rows] ** power * age[:, None]).sum(2) / age.sum()
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
     moving.forget()
     x = torch.rand(2, 3, rows, 23)
     torch.testing.assert_close(moving.next_row(net, x, None), net.next_row(x.flatten(0, 1)).view(2, 3, 23))
@@ -367,6 +373,8 @@ def test_a_host_log_by_index():
         ("attention_predictor(dense=0)", "whole number >= 1"),
         ("attention_predictor(file='no.safetensors')", "calidrop train attention-predictor"),
         ("attention_predictor(file=3)", "path in quotes"),
+        ("attention_predictor(network=1)", "one of True, False"),
+        ("attention_predictor(network=False, file='x')", "takes no file"),
         ("attention_predictor+kvcrush", "evicts nothing"),
         ("attention_predictor+calidrop", "evicts nothing"),
         ("attention_predictor+mikv", "evicts nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,58 @@ SHAPES = {
 ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
 
 
-class Predictor(Shared):
-    """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: two 3x3 convolutions over time
-    and blocks (1 -> 16 -> 32 channels, ReLU), the mean over time, and one weight per channel. 4,833 parameters, fp32.
+class Expectation(Shared, ABC):
+    """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: a mean over time of what each adds.
+    power: what rows are raised to, and what is expected. decay: how much less each older row weighs."""
 
-    power: what rows are raised to on the way in, and what it predicts. decay: how much less each older row weighs in
-    the mean. Both are 1 in the paper."""
+    def __init__(self, power: float, decay: float):
+        self.power, self.decay = power, decay
+
+    def next_row(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """real: bool [N,blocks], the blocks there are (None: all); the others are as if the row ended before them."""
+        share = self.shares(x.shape[1], x.device)
+        return self.finish(torch.einsum("ntb,t->nb", self.terms(x, real), share / share.sum()))
+
+    def shares(self, rows: int, device: torch.device) -> Tensor:
+        """What each row weighs, the newest 1."""
+        return self.decay ** torch.arange(rows - 1, -1, -1, device=device, dtype=torch.float32)
+
+    @abstractmethod
+    def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """What every row adds, [N,R,blocks]; it sees two rows to either side at most."""
+
+    @abstractmethod
+    def finish(self, mean: Tensor) -> Tensor:
+        """The expectation from the mean over time."""
+
+    @abstractmethod
+    def on(self, device: torch.device) -> Expectation:
+        """A copy there."""
+
+
+class Average(Expectation):
+    """The mean of the rows themselves."""
+
+    def __init__(self, power: float = 0.25, decay: float = 0.7):
+        super().__init__(power, decay)
+
+    def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return x**self.power
+
+    def finish(self, mean: Tensor) -> Tensor:
+        return mean
+
+    def on(self, device: torch.device) -> Average:
+        return self
+
+
+class Predictor(Expectation):
+    """The network: two 3x3 convolutions over time and blocks (1 -> 16 -> 32 channels, ReLU), the mean over time, and
+    one weight per channel. 4,833 parameters, fp32. power and decay are 1 in the paper."""
 
     def __init__(self, weights: dict[str, Tensor], power: float = 1.0, decay: float = 1.0):
-        self.weights, self.power, self.decay = weights, power, decay
+        super().__init__(power, decay)
+        self.weights = weights
 
     @staticmethod
     def fresh(power: float = 1.0, decay: float = 1.0, seed: int = 0) -> Predictor:
@@ -44,20 +88,13 @@ class Predictor(Shared):
     def on(self, device: torch.device) -> Predictor:
         return Predictor({n: x.to(device) for n, x in self.weights.items()}, self.power, self.decay)
 
-    def next_row(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """real: bool [N,blocks], the blocks there are (None: all); the others are as if the row ended before them."""
-        share = self.shares(x.shape[1], x.device)
-        return torch.einsum("ntb,t->nb", self.terms(x, real), share / share.sum()) + self.weights["head.bias"]
-
-    def shares(self, rows: int, device: torch.device) -> Tensor:
-        """What each row weighs, the newest 1."""
-        return self.decay ** torch.arange(rows - 1, -1, -1, device=device, dtype=torch.float32)
-
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """What every row adds to the mean over time, [N,R,blocks]."""
         step = max(1, ACTIVATION_BYTES // max(1, 4 * 32 * x[0].numel())) if len(x) else 1
         cuts = (slice(i, i + step) for i in range(0, len(x), step))
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
+
+    def finish(self, mean: Tensor) -> Tensor:
+        return mean + self.weights["head.bias"]
 
     def _some(self, x: Tensor, real: Tensor | None) -> Tensor:
         w, x = self.weights, x if self.power == 1 else x**self.power

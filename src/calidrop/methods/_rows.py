@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.attention import finite
-from calidrop.methods._predictor import Predictor
+from calidrop.methods._predictor import Expectation
 from calidrop.observe import Observation
 from calidrop.state import State
 from calidrop.tokens import Tokens
@@ -19,9 +19,9 @@ class Rows(State):
     """history: fp32 [B,H,size,blocks], the newest row last; a row has the largest weight in every block, the mean over
     the query heads of a kv head. Blocks are those on the host, in order; zero where a batch row has fewer."""
 
-    def __init__(self, size: int, block: int, network: Callable[[torch.device], Predictor]):
+    def __init__(self, size: int, block: int, network: Callable[[torch.device], Expectation]):
         self.size, self.block, self.network = size, block, network
-        self.net: Predictor | None = None
+        self.net: Expectation | None = None
         self.history: Tensor | None = None
         self.peaks: Tensor | None = None  # [B,H,G,W,blocks+1]: largest logits, until their lse is known; one for none
         self.moving = Moving()
@@ -111,7 +111,7 @@ class Rows(State):
 
 
 class Moving(State):
-    """`Predictor.next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
+    """`next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
     all: two convolutions see two rows to either side, so only rows next to the borders change, one becomes an inner row
     and one ceases to be. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the next of them to go."""
 
@@ -125,7 +125,7 @@ class Moving(State):
         """The history changed in another way."""
         self.sum = self.oldest = None
 
-    def next_row(self, net: Predictor, history: Tensor, real: Tensor | None) -> Tensor:
+    def next_row(self, net: Expectation, history: Tensor, real: Tensor | None) -> Tensor:
         """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""
         shape, rows = history.shape, history.shape[2]
         share = net.shares(rows, history.device)
@@ -144,7 +144,7 @@ class Moving(State):
         self.oldest = first[:, :, 2].clone()
         borders = torch.cat([first[:, :, :2], last[:, :, -2:]], 2), torch.cat([share[:2], share[-2:]])
         total = self.sum + torch.einsum("bhtn,t->bhn", *borders)
-        return (total / share.sum()).float() + net.weights["head.bias"]
+        return net.finish((total / share.sum()).float())
 
 
 def pooled(weights: Tensor, block: int) -> Tensor:

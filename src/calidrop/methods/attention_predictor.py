@@ -12,12 +12,12 @@ from calidrop import budgets, ops
 from calidrop.attention import Partial, Queries, logits, merge
 from calidrop.budgets import Amount, best
 from calidrop.coded import whole_units
-from calidrop.methods._predictor import Predictor, load
+from calidrop.methods._predictor import Average, Expectation, load
 from calidrop.methods._rows import Rows, pooled_rows
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, HostLog
 from calidrop.ops.piece import Piece
-from calidrop.parts import Deputies, Layer, Selector, check_budget, check_int, method
+from calidrop.parts import Deputies, Layer, Selector, check_budget, check_choice, check_int, method
 from calidrop.state import Ragged
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
@@ -188,7 +188,7 @@ class Fetch(Selector):
 
     sizes: Sizes
     skip: int
-    net: Callable[[torch.device], Predictor]
+    net: Callable[[torch.device], Expectation]
 
     def store(self, layer: Layer, kept: Callable[[], Store], rest: Store | None, stand: Deputies | None) -> Store:
         codec = kept()
@@ -209,6 +209,7 @@ def attention_predictor(
     history: int = 64,
     dense: int = 5,
     skip: int = 2,
+    network: bool = True,
     file: str | None = None,
 ) -> Selector:
     """AttentionPredictor (Yang et al., arXiv 2502.04077, sec. 4): everything stays, on the host, and a small network
@@ -218,8 +219,9 @@ def attention_predictor(
     block. recent: the least number of last tokens that are. block: tokens pooled into one number (their largest
     weight); counted from each row's first real token. history: rows of these numbers that the network sees. dense:
     every so many generated tokens the host is asked for everything (exact), which keeps the history true. skip: so many
-    first layers keep everything on the device. file: from `calidrop train attention-predictor`; None: the one that
-    comes with the package.
+    first layers keep everything on the device. network: False expects the mean of the rows (of fourth roots, newer ones
+    weigh more) instead of asking the network: not in the paper, and cheaper (LOG.md). file: the network, from `calidrop
+    train attention-predictor`; None: the one that comes with the package.
 
     A storage says how blocks are kept on the host and fetched; where its units are longer than a block, blocks are
     fetched together. Bytes per token and kv head on the device: 4 * history / block, plus budget tokens.
@@ -241,7 +243,10 @@ def attention_predictor(
         raise ValueError(f"{name}: sinks must be a multiple of block, got sinks={sinks} and block={block}")
     if file is not None and not isinstance(file, str):
         raise ValueError(f"{name}: file must be a path in quotes, got {file!r}")
-    predictor, meta = load(file)
+    check_choice(f"{name}: network", network, (True, False))
+    if not network and file is not None:
+        raise ValueError(f"{name}: network=False takes no file, got file={file!r}")
+    expects, meta = load(file) if network else (Average(), {"block": block, "history": history})
     for what, value in (("block", block), ("history", history)):
         if meta[what] != value:
             raise ValueError(
@@ -249,4 +254,4 @@ def attention_predictor(
             )
 
     sizes = Sizes(budgets.amount(budget, 0), sinks, recent, block, block, dense)
-    return Fetch(recent=recent, every=block, observe=history, sizes=sizes, skip=skip, net=functools.cache(predictor.on))
+    return Fetch(recent=recent, every=block, observe=history, sizes=sizes, skip=skip, net=functools.cache(expects.on))

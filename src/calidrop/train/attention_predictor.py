@@ -21,7 +21,7 @@ from torch import Tensor
 from calidrop import __version__
 from calidrop.attention import Partial, Queries
 from calidrop.cache import KVCache, layers_of
-from calidrop.methods._predictor import Predictor, save
+from calidrop.methods._predictor import Average, Predictor, save
 from calidrop.methods._rows import pooled_rows
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
@@ -201,8 +201,7 @@ def recall(
         for row in asked:
             at = candidates(length, n, row, block)
             seen, truth = rows[:, row - history : row, at], rows[:, row, at]
-            moving = torch.einsum("ntb,t->nb", seen**0.25, 0.7 ** torch.arange(history - 1, -1, -1.0))
-            scores = predictor.next_row(seen), seen[:, -1], seen.mean(1), moving, once[:, at]
+            scores = predictor.next_row(seen), seen[:, -1], seen.mean(1), Average().next_row(seen), once[:, at]
             for way, score in zip(WAYS, scores, strict=True):
                 sums[way] = sums.get(way, 0) + torch.stack([hit(score, truth, k) for k in KS]) / len(asked)
         found.append(sums)
