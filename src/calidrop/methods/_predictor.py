@@ -24,8 +24,8 @@ ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
 
 
 class Expectation(Shared, ABC):
-    """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: a mean over time of what each adds.
-    power: what rows are raised to, and what is expected. decay: how much less each older row weighs."""
+    """Rows of one head, oldest first [N,R,blocks] -> the expected next row [N,blocks]: a mean over time of what each
+    adds. power: what rows are raised to, and what is expected. decay: how much less each older row weighs."""
 
     def __init__(self, power: float, decay: float):
         self.power, self.decay = power, decay
