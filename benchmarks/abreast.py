@@ -1,5 +1,7 @@
-"""Several caches in one batch: the model's weights, which are most of what a step of a small model reads, are read once
-for all of them. Row r of cache c is row c * rows + r of the batch."""
+"""Several caches in one batch: the model's weights, most of what a step of a small model reads, are read once for all.
+
+Row r of cache c is row c * rows + r of the batch.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class AbreastLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.pending = key_states, value_states
-        handle = Handle(self)  # type: ignore[arg-type]
+        handle = Handle(self)
         return handle, handle
 
     def attend(self, q: Tensor, mask: PositionMask, *others: Any) -> Tensor:
@@ -66,11 +68,11 @@ class Abreast(Cache):
     """The caches must be of one model, and get the same padding."""
 
     def __init__(self, caches: Sequence[KVCache]):
-        super().__init__(layers=[AbreastLayer(layers) for layers in zip(*(c.layers for c in caches), strict=True)])  # type: ignore[arg-type]
+        super().__init__(layers=[AbreastLayer(layers) for layers in zip(*(c.layers for c in caches), strict=True)])
 
     def seconds(self) -> list[float]:
         """CPU time each cache spent since the last call, all layers."""
-        spent = [sum(x) for x in zip(*(layer.seconds for layer in self.layers), strict=True)]  # type: ignore[attr-defined]
+        spent = [sum(x) for x in zip(*(layer.seconds for layer in self.layers), strict=True)]
         for layer in self.layers:
-            layer.seconds = [0.0] * len(spent)  # type: ignore[attr-defined]
+            layer.seconds = [0.0] * len(spent)
         return spent

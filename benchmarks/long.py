@@ -8,7 +8,7 @@ recipe is fed the same tokens one by one, in lockstep. Without --recipe: every e
 --budget.
 
 Results are kept in --folder: recipes that were measured are not run again, others are fed the tokens written then. A
-run that was stopped goes on where it last saved (every 512 tokens).
+run that was stopped goes on where it last saved (every 256 tokens).
 
 Per recipe: KL to the full cache in nats, in all and in quarters of the generation, agreement of the likeliest token,
 nll of the token written; mean over prompts, with the standard error over prompts. MB (10^6 bytes): the most the cache
@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
+import pickle
 import time
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import platformdirs
 import torch
@@ -41,7 +43,7 @@ from calidrop.recipe import Recipe, parse
 
 BOOK = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
 QUESTIONS = Path(__file__).with_name("data") / "gsm8k.json"
-TEMPERATURE, SAVE = 0.8, 512
+TEMPERATURE, SAVE = 0.8, 256
 Found = dict[str, np.ndarray]
 """kl, agree, nll, nll_full [n,prompts]; bytes, ms [n]."""
 
@@ -66,6 +68,28 @@ def prompts(tokenizer: Any, n: int, skip: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+class Saver(pickle.Pickler):
+    """Pickles caches without the functions in them: empty caches of the same recipes have them in the same order."""
+
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.functions: dict[FunctionType, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, FunctionType) or "<locals>" not in obj.__qualname__:
+            return None
+        return self.functions.setdefault(obj, len(self.functions))
+
+
+class Loader(pickle.Unpickler):
+    def __init__(self, file: Any, functions: list[FunctionType]):
+        super().__init__(file)
+        self.functions = functions
+
+    def persistent_load(self, pid: int) -> FunctionType:
+        return self.functions[pid]
+
+
 class Run:
     """The full cache and others side by side. What it knows after i steps is all in `state`."""
 
@@ -83,20 +107,16 @@ class Run:
             "draws": [torch.Generator().manual_seed(row).get_state() for row in range(rows)],
             "logits": None,
             "found": [{} for _ in recipes],
-            "caches": None,
         }
 
     @torch.inference_mode()
     def __call__(self, special: list[int], written: Tensor | None) -> tuple[Tensor, list[Found]]:
         """written: the tokens [rows,n+1], or None: draw them, none of the `special` ones."""
-        s = self.state
         if self.saved.is_file():
-            s.update(cloudpickle.loads(self.saved.read_bytes()))
-            for cache, states in zip(self.caches, s["caches"], strict=True):
-                for layer, state in zip(cache.layers, states, strict=True):
-                    layer.state = state  # type: ignore[attr-defined]
+            self._load()
         else:
-            s["logits"] = self._forward(self.inputs["input_ids"], slice(0, self.at))
+            self.state["logits"] = self._forward(self.inputs["input_ids"], slice(0, self.at))
+        s = self.state
         began, first = time.monotonic(), len(s["tokens"])
         for i in range(first, self.n + 1):
             s["tokens"].append(self._draw(special) if written is None else written[:, i])
@@ -141,11 +161,23 @@ class Run:
             }.items():
                 found.setdefault(name, []).append(x.numpy())
 
+    def _states(self) -> list[Any]:
+        return [[layer.state for layer in cache.layers] for cache in self.caches]
+
     def _save(self) -> None:
-        states = [[layer.state for layer in cache.layers] for cache in self.caches]  # type: ignore[attr-defined]
         new = self.saved.with_suffix(".new")
-        new.write_bytes(cloudpickle.dumps({**self.state, "caches": states}))
+        with new.open("wb") as file:
+            Saver(file).dump({"caches": self._states(), **self.state})
         new.replace(self.saved)
+
+    def _load(self) -> None:
+        empty = Saver(io.BytesIO())
+        empty.dump(self._states())
+        with self.saved.open("rb") as file:
+            self.state = Loader(file, list(empty.functions)).load()
+        for cache, states in zip(self.caches, self.state.pop("caches"), strict=True):
+            for layer, state in zip(cache.layers, states, strict=True):
+                layer.state = state
 
 
 def measure(model: Any, tokenizer: Any, recipes: list[Any], n: int, count: int, skip: int, folder: Path) -> list[Found]:

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "adakv(budget=24, recent=8, every=8)",  # heads of unequal length are ranked again
         "tova(budget=24)",
         "h2o(budget=24)",
+        "lazy_eviction(budget=24, window=8)",
         "expected_attention(budget=24)",
         "pyramidkv(budget=24, recent=8)",
         "kivi(bits=4, group=16, residual=16)",

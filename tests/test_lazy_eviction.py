@@ -8,6 +8,7 @@ import torch
 
 import calidrop
 from calidrop.methods import lazy_eviction
+from calidrop.plugin import PositionMask
 from calidrop.state import held_bytes
 from helpers import feed, layer_of, live, positions, random_qkv, run
 from tiny import batch, generate, tiny, worst
@@ -184,7 +185,7 @@ def test_a_fraction_is_of_each_rows_prompt():
     [
         ({"budget": 64, "window": 64}, "window must be smaller than budget, got window=64 and budget=64"),
         ({"budget": 64, "window": 65}, "got window=65 and budget=64"),
-        ({"budget": 100}, "got window=128 and budget=100"),
+        ({"budget": 60}, "got window=64 and budget=60"),
         ({"budget": 64, "window": 0}, "window must be a whole number >= 1, got 0"),
         ({"budget": 64, "window": 8.0}, "window must be a whole number >= 1, got 8.0"),
         ({"budget": 300, "alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
@@ -195,3 +196,16 @@ def test_a_fraction_is_of_each_rows_prompt():
 def test_wrong_arguments(arguments, says):
     with pytest.raises(ValueError, match=f"lazy_eviction: .*{says}"):
         lazy_eviction(**arguments)
+
+
+def test_a_generated_pad_looks_at_nothing():
+    """Rows that are finished may go on with masked tokens; neither what is kept nor the window is active by them."""
+    qkv = q, k, v = random_qkv(2, 2, 3, 40, 6)
+    kv = run(RECIPE, tuple(x[:, :, :-1] for x in qkv), 25)
+    before = [told(kv, b, 0, 14) for b in range(2)]
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, -1] = False
+    kv.update(k[:, :, -1:], v[:, :, -1:])
+    kv.attend(q[:, :, -1:], PositionMask(real, new_pads=True), 6**-0.5, None, None)
+    assert told(kv, 1, 0, 15) == before[1]
+    assert told(kv, 0, 0, 15) != before[0] | {39: told(kv, 0, 0, 15)[39]}

@@ -36,7 +36,14 @@ def test_full_is_the_dynamic_cache(smollm2):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["snapkv(budget=64)", "adakv(budget=64)+calidrop", "kivi(bits=4)", "h2o(budget=64)+calidrop(summary=8)"]
+    "recipe",
+    [
+        "snapkv(budget=64)",
+        "adakv(budget=64)+calidrop",
+        "kivi(bits=4)",
+        "h2o(budget=64)+calidrop(summary=8)",
+        "lazy_eviction(budget=64, window=8)",
+    ],
 )
 def test_padded_rows_and_lookup_decoding(smollm2, recipe):
     model, tokenizer = smollm2

@@ -18,7 +18,7 @@ class Recurrence(Score):
         self.alpha, self.birth = alpha, birth
 
     def stats(self, t: Tokens, step: Observation) -> dict[str, Tensor]:
-        silent, longest = (t.stats.get(name, torch.zeros_like(t.pos)) for name in ("silent", "longest"))
+        silent, longest = (t.stats[n] if n in t.stats else torch.zeros_like(t.pos) for n in ("silent", "longest"))
         if not step.prompt:
             active = step.weights(t, "max")[:, :, 0] >= self.alpha
             silent = silent + 1
@@ -36,7 +36,7 @@ class Recurrence(Score):
 
 
 @method("LazyEviction, arXiv 2506.15969")
-def lazy_eviction(budget: int | float, window: int = 128, alpha: float = 5e-4, birth: bool = True) -> Evictor:
+def lazy_eviction(budget: int | float, window: int = 64, alpha: float = 5e-4, birth: bool = True) -> Evictor:
     """LazyEviction (arXiv 2506.15969, sec. 4; score as in the official code): tokens that are due to be needed again.
 
     window: the last tokens that always stay, inside the budget, and how many are generated between two evictions; so a
