@@ -159,6 +159,11 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     everything the queries saw. No queries x tokens matrix is held."""
     if qs.visible is None and qs.q.shape[-1] <= gpu.MOST_CHANNELS and gpu.runs(qs.q.device):
         return gpu.mass(qs, lse, t)
+    return mass_in_torch(qs, lse, t)
+
+
+def mass_in_torch(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
+    """`mass` without a kernel, in blocks of queries."""
     B, Hq, W, _ = qs.q.shape
     block = min(max(1, SCORE_BYTES // max(1, 4 * B * Hq * len(t))), 256)
     total = torch.zeros(t.pos.shape, device=t.pos.device)

@@ -1,7 +1,6 @@
 """Column sums of attention in Triton: what all observed queries pay each key, without a queries x keys matrix.
 
-The oracle is `observe.Observation.total_weights` in plain torch (`ops.mass` where no kernel runs): exp(logits - lse)
-summed over queries, averaged over a kv head's query group.
+The oracle is `ops.mass_in_torch`: exp(logits - lse) summed over queries, averaged over a kv head's query group.
 """
 
 # pyright: basic, reportOperatorIssue=false, reportAttributeAccessIssue=false

@@ -1,0 +1,108 @@
+"""How fast a decode step reads a layer's cache, against a copy on the same device and torch's sdpa on bf16."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu import pieces
+from benchmarks.gpu.run import Run, show
+from calidrop import ops
+from calidrop.ops.gpu.attention import decode
+
+NAMES = ["exact", "int8", "fp8", "int4", "kivi4", "kivi2"]
+LARGEST = 6 << 30  # bytes of exact keys and values that are rounded at once
+COLUMNS = [("format", "6"), ("tokens", "7"), ("batch", "3"), ("us", "9.1f"), ("gb_s", "7.0f"), ("of_copy", "6.1%"),
+           ("of_exact", "5.2f"), ("host_us", "6.0f")]  # fmt: skip
+
+
+def timed(run: Run, fn: Callable[[], object]) -> tuple[float, float]:
+    """Microseconds on the device (a captured graph, so without launches; the L2 cache cleared before each; median), and
+    of the host when it calls it."""
+    for _ in range(1 if run.tiny else 3):
+        fn()
+    run.sync()
+    start = time.perf_counter()
+    calls = 1 if run.tiny else 10
+    for _ in range(calls):
+        fn()
+    host = (time.perf_counter() - start) / calls * 1e6
+    run.sync()
+    if run.device.type != "cuda":
+        return host, host
+    from triton.testing import do_bench
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return do_bench(graph.replay, warmup=5, rep=30, return_mode="median") * 1e3, host
+
+
+def copy_speed(run: Run) -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    x = torch.empty((1 << 20) if run.tiny else (2 << 30), dtype=torch.uint8, device=run.device).random_()
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / (timed(run, lambda: y.copy_(x))[0] * 1e-6)
+
+
+def bandwidth(run: Run) -> Iterator[dict]:
+    copied = copy_speed(run)
+    yield show({"format": "copy", "gb_s": copied / 1e9}, COLUMNS)
+    H, G, D = (2, 2, 32) if run.tiny else (8, 4, 128)
+    lengths, batches = ([64], [1]) if run.tiny else ([32, 8, 128, 512], [8, 1, 32])
+    for tokens in lengths:
+        for batch in batches:
+            N = tokens if run.tiny else tokens * 1024
+            if batch * H * N * D * 4 > LARGEST:
+                continue
+            exact = 0.0
+            for name in ("sdpa", *NAMES):
+                row = {"format": name, "tokens": N, "batch": batch}
+                row = run.guarded(row, lambda name=name, batch=batch, N=N: _measured(run, name, batch, H, G, N, D))
+                if "us" in row:
+                    exact = row["us"] if name == "exact" else exact
+                    row |= {"of_copy": row["gb_s"] * 1e9 / copied, "of_exact": exact / row["us"] if exact else None}
+                yield show(row, COLUMNS)
+
+
+def _measured(run: Run, name: str, B: int, H: int, G: int, N: int, D: int) -> dict:
+    dtype = torch.float32 if run.tiny else torch.bfloat16
+    t = pieces.tokens(B, H, N, D, dtype, run.device)
+    qs = pieces.queries(B, H * G, 1, D, dtype, run.device)
+    if name == "sdpa":
+        k, v, nbytes = t.k, t.v, t.k.nbytes + t.v.nbytes
+        us, host = timed(run, lambda: F.scaled_dot_product_attention(qs.q, k, v, enable_gqa=True))
+    else:
+        store = pieces.stored(name, t)
+        del t
+        parts = store.attend(qs)
+        nbytes = pieces.held_bytes(parts)
+        us, host = timed(run, lambda: ops.joined(qs, parts))
+    return {"us": us, "gb_s": nbytes / us / 1e3, "host_us": host, "bytes": nbytes}
+
+
+def tune(run: Run) -> Iterator[dict]:
+    """Tiles and tokens per program of the decode kernel, at 32k tokens."""
+    B, H, G, D, N = (1, 2, 2, 32, 64) if run.tiny else (8, 8, 4, 128, 32 * 1024)
+    dtype = torch.float32 if run.tiny else torch.bfloat16
+    tiles = (
+        [(32, 4, 2)]
+        if run.tiny
+        else [(64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 3), (32, 4, 4), (64, 8, 3)]
+    )
+    for name in ("exact", "int4", "fp8", "kivi4"):
+        for batch in {B, 1}:
+            qs = pieces.queries(batch, H * G, 1, D, dtype, run.device)
+            parts = pieces.stored(name, pieces.tokens(batch, H, N, D, dtype, run.device)).attend(qs)
+            for tile in tiles:
+                for least in (32,) if run.tiny else (128, 512, 1024):
+                    row = {"format": name, "tokens": N, "batch": batch, "tile": f"{tile} {least}"}
+
+                    def measure(qs=qs, parts=parts, tile=tile, least=least) -> dict:
+                        us = timed(run, lambda: decode(qs, parts, least, tile))[0]
+                        return {"us": us, "gb_s": pieces.held_bytes(parts) / us / 1e3}
+
+                    yield show(run.guarded(row, measure), [("tile", "20"), *COLUMNS])

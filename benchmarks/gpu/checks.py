@@ -1,0 +1,127 @@
+"""Every kernel on this device against its oracle in plain torch, fp32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import pieces
+from benchmarks.gpu.run import Run, show
+from calidrop import ops
+from calidrop.attention import Queries, attend, merge
+from calidrop.hadamard import hadamard
+from calidrop.methods._latents import Basis
+from calidrop.ops import gpu
+from calidrop.quant import pack, quantize
+from calidrop.rope import Rope
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+Check = tuple[str, float, Callable[[], float]]  # what, the largest error allowed, the error
+COLUMNS = [("what", "52"), ("worst", ".1e"), ("limit", ".0e"), ("passed", "")]
+
+
+def checks(run: Run) -> Iterator[dict]:
+    yield from (_checked(run, what, limit, measure) for what, limit, measure in [*_decode(run), *_others(run)])
+
+
+def _checked(run: Run, what: str, limit: float, measure: Callable[[], float]) -> dict:
+    row = {"what": what, "limit": limit, "passed": False}
+    row = run.guarded(row, lambda: {"worst": float(measure())})
+    if "worst" in row:
+        row["passed"] = row["worst"] <= limit  # NaN does not
+    return show(row, COLUMNS)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def _decode(run: Run) -> Iterator[Check]:
+    """Formats x dtypes, heads of equal and unequal length, with a window and an answer beside them. Each is another
+    kernel to compile, seconds: half precision checks three formats."""
+    shape = (
+        {"B": 1, "H": 2, "G": 2, "T": 1, "D": 32, "N": 70}
+        if run.tiny
+        else {"B": 2, "H": 4, "G": 4, "T": 1, "D": 128, "N": 3000}
+    )
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [(name, fp32, True, shape) for name in pieces.FORMATS]
+    if not run.tiny:
+        cases += [(name, bf16, uneven, shape) for name in pieces.FORMATS for uneven in (False, True)]
+        cases += [(name, fp16, True, shape) for name in ("exact", "int4", "kivi4")]
+        for T, D, G in ((4, 64, 3), (8, 80, 7), (1, 96, 1), (2, 256, 8)):
+            cases += [
+                (name, bf16, True, {**shape, "T": T, "D": D, "G": G, "N": 900}) for name in ("exact", "int4", "kivi4")
+            ]
+    for name, dtype, uneven, s in cases:
+        what = f"decode {name} {str(dtype)[6:]} T={s['T']} D={s['D']} G={s['G']}{' uneven' * uneven}"
+        yield what, LIMITS[dtype], functools.partial(_one, run, name, dtype, uneven, **s)
+
+
+def _one(
+    run: Run, name: str, dtype: torch.dtype, uneven: bool, *, B: int, H: int, G: int, T: int, D: int, N: int
+) -> float:
+    t, window, other = (
+        pieces.tokens(B, H, n, D, dtype, run.device, u) for n, u in ((N, uneven), (45, True), (33, False))
+    )
+    qs = pieces.queries(B, H * G, T, D, dtype, run.device)
+    store = pieces.stored(name, t)
+    parts = [*store.attend(qs), ops.piece(window), attend(qs, other.k, other.v, other.pos)]
+    picked = ops.pick(qs, parts)
+    if picked is not ops.GPU:
+        raise RuntimeError(f"the dispatch took {picked.name}")
+    o, lse = picked.decode(qs, parts)
+    want, total = merge([attend(qs, x.k, x.v, x.pos) for x in (*store.tokens(), window, other)])
+    return max(relative(o, want), float((lse - total).abs().max()))
+
+
+def _others(run: Run) -> Iterator[Check]:
+    for dtype in [torch.float32] if run.tiny else list(LIMITS):
+        exact = dtype == torch.float32
+        for W in (70 if run.tiny else 2100, 1):
+            yield (
+                f"column sums {str(dtype)[6:]} W={W}",
+                1e-5 if exact else 1e-4,
+                functools.partial(_mass, run, W, dtype),
+            )
+        for bits in (2, 4, 8):
+            what = f"rounding {str(dtype)[6:]} to {bits} bits: codes that differ"
+            yield what, 0.0, functools.partial(_rounding, run, bits, dtype)
+        yield f"keys from latents {str(dtype)[6:]}", 1e-5 if exact else 1e-2, functools.partial(_keys, run, dtype)
+
+
+def _mass(run: Run, W: int, dtype: torch.dtype) -> float:
+    B, H, G, D, N = (1, 2, 2, 32, 70) if run.tiny else (2, 4, 4, 128, 2100)
+    device = run.device
+    t = pieces.tokens(B, H, N, D, dtype, device, True)
+    pos = torch.arange(N - W, N, device=device).expand(B, W)
+    qs = Queries(torch.randn(B, H * G, W, D, device=device, dtype=dtype), pos, D**-0.5)
+    lse = attend(qs, t.k, t.v, t.pos)[1]
+    return relative(gpu.mass(qs, lse, t), ops.mass_in_torch(qs, lse, t))
+
+
+def _rounding(run: Run, bits: int, dtype: torch.dtype) -> float:
+    x = torch.randn(2, 3, 64, 128, device=run.device, dtype=dtype) * 3
+    x[0, 0, :8], x[0, 1, :, :32] = 0.25, torch.arange(32.0, device=run.device) * 0.5
+    wrong = 0
+    for groups in (x, hadamard(x.float()), x.unflatten(2, (2, 32)).transpose(-1, -2), x.unflatten(-1, (-1, 32))):
+        codes, *meta = quantize(groups, bits)
+        wrong += sum(
+            int((a != b).sum()) for a, b in zip(gpu.rounded(groups, bits), (pack(codes, bits), *meta), strict=True)
+        )
+    return wrong
+
+
+def _keys(run: Run, dtype: torch.dtype) -> float:
+    device = run.device
+    B, H, N, D, rank = (1, 4, 40, 32, 24) if run.tiny else (2, 8, 1500, 128, 200)
+    weight, *others = (torch.randn(x, device=device) for x in ((2, H // 2 * D, rank), (H * D, 8), H * D, H * D))
+    basis = Basis([*range(1, H), 0], weight * rank**-0.5, *others)
+    rope = Rope(10_000.0 ** -(torch.arange(D // 2, device=device) * 2 / D))
+    pos = torch.arange(100_000, 100_000 + N, device=device, dtype=torch.int32).expand(B, N)
+    z = torch.randn(B, N, 2 * rank, device=device, dtype=dtype)
+    want = rope.rotate(basis.keys_of(z), pos[:, None])
+    return relative(gpu.keys(z, pos, basis.keys, basis.key_bias, basis.at, rope.inv_freq, 1.0), want)
