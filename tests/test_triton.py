@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 import calidrop
 from calidrop import ops
@@ -26,6 +28,14 @@ from tiny import batch, generate, tiny, worst
 
 if sys.platform != "linux":
     pytest.skip("there is no triton", allow_module_level=True)
+import triton
+
+if (
+    not torch.cuda.is_available()
+    and Version(triton.__version__) < Version("3.9")
+    and Version(np.__version__) >= Version("2.4")
+):
+    pytest.skip("the interpreter of triton before 3.9 needs numpy before 2.4", allow_module_level=True)
 
 from calidrop.ops.gpu.attention import decode
 

@@ -50,7 +50,7 @@ def main() -> int:
         "checks": (130, checks.checks),
         "bandwidth": (90, bandwidth.bandwidth),
         "decoding": (150, model.decoding),
-        "largest": (60, model.largest),
+        "largest": (75, model.largest),
         "tune": (150, bandwidth.tune),
     }
     for name in args.only or [n for n in sections if n != "tune"]:

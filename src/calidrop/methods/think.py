@@ -42,6 +42,7 @@ class ThinKeys(Store):
         self.inner, self.keep, self.values = inner, keep, values
         self.of_keys: Channels | None = None
         self.of_values: Channels | None = None
+        self.by = ""  # who answered last
 
     def add(self, t: Tokens, obs: Observation) -> None:
         if self.of_keys is None:
@@ -67,7 +68,9 @@ class ThinKeys(Store):
         parts = self.inner.attend(cut)
         if not parts:
             return []
-        o, lse = ops.joined(cut, parts)
+        backend = ops.pick(cut, parts)
+        self.by = backend.name
+        o, lse = backend.decode(cut, parts)
         return [(self.of_values.spread(o) if self.of_values else o, lse)]
 
     def _whole(self, t: Tokens) -> Tokens:
@@ -108,7 +111,8 @@ class ThinKeys(Store):
 
     def describe(self) -> str:
         values = f" and {self.values} of values" if self.values is not None else ""
-        return f"{self.keep} channels of keys{values}: {self.inner.describe()}"
+        by = f" (answered by {self.by})" if "torch" in self.by else ""
+        return f"{self.keep} channels of keys{values}: {self.inner.describe()}{by}"
 
 
 @method("ThinK, arXiv 2407.21018")
