@@ -41,7 +41,7 @@ def decode(
     H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
     R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
     turned = q @ signs(D, q.device, q.dtype) if rotated else q
-    block, warps, stages = tile or tile_of(D, Dv, q.dtype)
+    block, warps, stages = tile or tile_of(D, Dv, R, q.dtype)
     per, ends = _stretches(pieces, B * H, block, max(least, block), q.device)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
@@ -61,10 +61,11 @@ def decode(
     return out, out_lse
 
 
-def tile_of(D: int, Dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Tokens at a time, warps, pipeline stages."""
+def tile_of(D: int, Dv: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens at a time, warps, pipeline stages: what fits the shared memory of a GPU (100 kB on the smaller ones)."""
     wide = padded(max(D, Dv)) * (2 if dtype == torch.float32 else 1)
-    return (128, 4, 3) if wide <= 64 else (64, 4, 3) if wide <= 128 else (32, 4, 2)
+    stages = 3 if wide <= 128 and rows <= 32 else 2
+    return (128 if wide <= 64 else 64 if wide <= 128 else 32), 4, stages
 
 
 def _stretches(
