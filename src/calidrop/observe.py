@@ -20,8 +20,8 @@ class Observation(State):
 
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
     start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
-    last one) are of a prompt, not of generated tokens. jury: the same of soft tokens behind the prompt, for methods that
-    have some; it goes when other queries follow.
+    last one) are of a prompt, not of generated tokens. jury: the same of soft tokens behind the prompt, for methods
+    that have some; it goes when other queries follow.
     """
 
     queries: Queries
