@@ -18,7 +18,6 @@ from calidrop.eval.subject import groups
 from calidrop.eval.tasks import TASKS
 from calidrop.eval.workers import How, here
 from calidrop.models import load
-from calidrop.parts import Part
 from calidrop.plugin import using
 from words import byte_model
 
@@ -140,12 +139,11 @@ def test_own_answer_is_gold(lm):
     assert same[: int(rows[SNAP].score * 40) // 4] == [True] * (int(rows[SNAP].score * 40) // 4)
 
 
-def test_who_shares_a_prefill(monkeypatch):
+def test_who_shares_a_prefill():
     names = ["full", "int8", "transformers:DynamicCache", "int4", "fp8", "kivi"]
-    assert groups(names, 8) == [["full", "int8"], ["transformers:DynamicCache"], ["int4", "fp8", "kivi"]]
+    assert groups(names, 8) == [["full", "int8", "int4", "fp8", "kivi"], ["transformers:DynamicCache"]]
     assert groups(names[3:], 2) == [["int4", "fp8"], ["kivi"]]
-    monkeypatch.setattr(Part, "alone", True)
-    assert groups(["full", "int8"], 8) == [["full"], ["int8"]]
+    assert groups(["full", "judge_q(budget=9)", "int8"], 8) == [["full", "int8"], ["judge_q(budget=9)"]]
 
 
 def test_a_recipe_that_dies_takes_no_other_along(lm, monkeypatch):

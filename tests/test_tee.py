@@ -3,12 +3,11 @@ import torch
 
 from calidrop import ops
 from calidrop.cache import KVCache
-from calidrop.parts import Part
 from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.state import tensors
 from calidrop.tee import prefill
-from tiny import batch, tiny, worst
+from tiny import batch, soft, tiny, worst
 
 RECIPES = [
     "full",
@@ -84,7 +83,7 @@ def test_errors(monkeypatch):
         prefill(model, [KVCache(model), KVCache(tiny())], **inputs)
     with pytest.raises(ValueError, match="no caches"):
         prefill(model, [], **inputs)
-    monkeypatch.setattr(Part, "alone", True)
-    assert parse("tova(budget=24)+int4").alone
+    jury = f"judge_q(budget=24, file={soft(model)!r})+int4"
+    assert parse(jury).alone
     with pytest.raises(ValueError, match="cannot share a prefill"):
-        prefill(model, [KVCache(model, "tova(budget=24)")], **inputs)
+        prefill(model, [KVCache(model, jury)], **inputs)

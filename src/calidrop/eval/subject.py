@@ -124,17 +124,10 @@ def fill(model: Any, names: Sequence[str], ids: Tensor) -> list[Subject]:
 
 
 def groups(names: Sequence[str], most: int) -> list[list[str]]:
-    """Which share a prompt: at most so many recipes at once, others and peers alone. In the order given otherwise."""
-    out: list[list[str]] = []
-    open_ = False
-    for name in names:
-        alone = name in PEERS or parse(name).alone
-        if open_ and not alone and len(out[-1]) < most:
-            out[-1].append(name)
-        else:
-            out.append([name])
-        open_ = not alone
-    return out
+    """Which share a prompt: at most so many recipes at once. Behind them, one by one, those that cannot, and peers."""
+    alone = [name for name in names if name in PEERS or parse(name).alone]
+    shared = [name for name in names if name not in alone]
+    return [shared[i : i + most] for i in range(0, len(shared), most)] + [[name] for name in alone]
 
 
 def _alone(model: Any, cache: Cache, ids: Tensor) -> tuple[Tensor, float]:
