@@ -11,6 +11,7 @@ from calidrop.eval import cell
 from calidrop.eval.cell import Job, measure
 from calidrop.eval.encode import encode
 from calidrop.eval.folder import Folder, lines
+from calidrop.eval.peers import is_peer
 from calidrop.eval.rows import Row, key_of, latest, read
 from calidrop.eval.run import Ask, run, samples
 from calidrop.eval.sample import Sample
@@ -140,6 +141,7 @@ def test_own_answer_is_gold(lm):
 
 
 def test_who_shares_a_prefill():
+    assert [is_peer(x) for x in ("transformers:DynamicCache", "recalkv('C:/x')", "int4")] == [True, False, False]
     names = ["full", "int8", "transformers:DynamicCache", "int4", "fp8", "kivi"]
     assert groups(names, 8) == [["full", "int8", "int4", "fp8", "kivi"], ["transformers:DynamicCache"]]
     assert groups(names[3:], 2) == [["int4", "fp8"], ["kivi"]]

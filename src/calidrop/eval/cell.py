@@ -34,10 +34,6 @@ class Job:
     keys: Mapping[str, str]
     together: int = 8
 
-    def __str__(self) -> str:
-        s = self.sample
-        return f"{s.task} {s.length} {self.question or ''} #{s.index}".replace("  ", " ")
-
     def row(self, recipe: str) -> Row:
         return empty(self.sample, self.model, recipe, self.question, self.keys[recipe])
 

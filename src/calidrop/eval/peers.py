@@ -15,6 +15,11 @@ PEERS: dict[str, Callable[[Any], Cache]] = {
 }
 
 
+def is_peer(name: str) -> bool:
+    """Whether a name means another library's cache and no recipe: LIBRARY:CACHE."""
+    return ":" in name.partition("(")[0]
+
+
 def check_peer(name: str, model: Any) -> None:
     """Raises ValueError for a name that is none, or a model that it cannot work with."""
     if name not in PEERS:

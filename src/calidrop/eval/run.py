@@ -12,7 +12,7 @@ from calidrop.eval import jsonl
 from calidrop.eval.cell import FULL, Job
 from calidrop.eval.folder import Folder
 from calidrop.eval.kit import Kit
-from calidrop.eval.peers import PEERS, check_peer
+from calidrop.eval.peers import check_peer, is_peer
 from calidrop.eval.rows import Row, key_of, latest
 from calidrop.eval.sample import QUESTIONS, Sample
 from calidrop.eval.table import Line
@@ -58,7 +58,7 @@ class Ask:
             check_int("length", length, 1)
         check_int("samples", self.samples, 1)
         check_int("together", self.together, 1)
-        wanted = [r if ":" in r else str(parse(r)) for r in self.recipes]
+        wanted = [r if is_peer(r) else str(parse(r)) for r in self.recipes]
         object.__setattr__(self, "recipes", tuple(dict.fromkeys([FULL, *wanted])))
         object.__setattr__(self, "tasks", tuple(named(self.tasks)))
 
@@ -98,7 +98,7 @@ def jobs(ask: Ask, settings: Mapping[str, Any]) -> list[Job]:
         config, tokenizer = peek(model)
         empty = skeleton(config)
         for recipe in ask.recipes:
-            if ":" in recipe or recipe in PEERS:
+            if is_peer(recipe):
                 check_peer(recipe, empty)
             else:
                 KVCache(empty, recipe)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from calidrop import tee
 from calidrop.cache import KVCache
 from calidrop.compare import now
-from calidrop.eval.peers import PEERS
+from calidrop.eval.peers import PEERS, is_peer
 from calidrop.plugin import ATTENTION, using
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
@@ -112,7 +112,7 @@ class Peer(Subject):
 def fill(model: Any, names: Sequence[str], ids: Tensor) -> list[Subject]:
     """Run the prompt [n] under every name: once for all recipes that can share it."""
     ids = ids[None]
-    if len(names) == 1 and names[0] in PEERS:
+    if len(names) == 1 and is_peer(names[0]):
         cache = PEERS[names[0]](model)
         with _sdpa(model):
             return [Peer(cache, model, *_alone(model, cache, ids))]
@@ -125,7 +125,7 @@ def fill(model: Any, names: Sequence[str], ids: Tensor) -> list[Subject]:
 
 def groups(names: Sequence[str], most: int) -> list[list[str]]:
     """Which share a prompt: at most so many recipes at once. Behind them, one by one, those that cannot, and peers."""
-    alone = [name for name in names if name in PEERS or parse(name).alone]
+    alone = [name for name in names if is_peer(name) or parse(name).alone]
     shared = [name for name in names if name not in alone]
     return [shared[i : i + most] for i in range(0, len(shared), most)] + [[name] for name in alone]
 
