@@ -26,7 +26,7 @@ from torch import Tensor
 import calidrop
 from calidrop import KVCache
 from calidrop.plugin import using
-from calidrop.train._court import Court
+from calidrop.train._frozen import Frozen
 from calidrop.train._prompts import chat
 
 TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
@@ -83,11 +83,11 @@ def respond(model: Any, cache: KVCache, prompt: list[int], said: list[int]) -> t
     return marks, [x.double().log_softmax(-1) for x in steps]
 
 
-def measure(model: Any, court: Court, recipes: list[str], prompt: list[int], most: int, quick: bool) -> list[dict]:
+def measure(model: Any, frozen: Frozen, recipes: list[str], prompt: list[int], most: int, quick: bool) -> list[dict]:
     """hit, mass and (not when quick) KL of each recipe."""
-    with court.frozen():
-        sample, said = court.sample(prompt, None, most)
-    target = sample.target.float().unflatten(1, (court.layers[0].kv_heads, -1)).mean(2)
+    with frozen.use():
+        sample, said = frozen.sample(prompt, None, most)
+    target = sample.target.float().unflatten(1, (frozen.layers[0].kv_heads, -1)).mean(2)
     said = [] if quick else said[:-1]
     full = respond(model, KVCache(model), prompt, said)[1] if said else []
     found = []
@@ -122,9 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = calidrop.load()
-    court, rows = Court(model), []
+    frozen, rows = Frozen(model), []
     for i, prompt in enumerate(chats(tokenizer, args.text.read_text("utf-8"), args.samples, args.length)):
-        rows.append(measure(model, court, args.recipe, prompt, args.response, args.quick))
+        rows.append(measure(model, frozen, args.recipe, prompt, args.response, args.quick))
         print(f"{i + 1} of {args.samples}", flush=True)
     names = list(rows[0][0])
     print(f"{'recipe':44} " + " ".join(f"{name:>32}" for name in names), f"  {args.length} tokens, {len(rows)} chats")

@@ -17,10 +17,10 @@ import calidrop
 from calidrop.cli import app
 from calidrop.methods import judge_q
 from calidrop.methods._artefact import kind
-from calidrop.methods.judge_q import Jury
+from calidrop.methods.judge_q import SoftTokens
 from calidrop.plugin import PositionMask, using
 from calidrop.recipe import parse
-from calidrop.train._court import Court, distance
+from calidrop.train._frozen import Frozen, distance
 from calidrop.train._prompts import chat, prompts, read_questions
 from calidrop.train.judge_q import Options, train
 from helpers import layer_of, live, positions, random_qkv
@@ -117,7 +117,7 @@ def by_hand(model, inputs: dict, rows: torch.Tensor, budget: int, pool: str) -> 
 @torch.no_grad()
 def test_kept_is_what_the_soft_tokens_attend_to(llama, group):
     inputs = batch(2, 61, (0, 13))
-    want = by_hand(tiny(), inputs, Jury.load(soft(llama)).rows, 9, group)
+    want = by_hand(tiny(), inputs, SoftTokens.load(soft(llama)).rows, 9, group)
     cache = calidrop.KVCache(llama, recipe(llama, 9, group=group))
     generate(llama, inputs, cache, new=1)
     for theirs, ours in zip(want, held(cache), strict=True):
@@ -133,7 +133,7 @@ def test_pooling_and_recent_by_hand():
     q, k, v = random_qkv(1, 1, 2, N + n, D)
     file = soft(n=n, layers=1, kv_heads=1, head_dim=D, model_type="", hidden=4)
     kv = layer_of(f"judge_q(budget=7, recent=2, kernel=3, file={file!r})", (q, k, v))
-    kv.jurors = n
+    kv.soft_columns = n
     kv.update(k, v)
     kv.attend(q, PositionMask(), D**-0.5, None, None)
     kv.settle()
@@ -301,7 +301,7 @@ def questions(n: int = 4) -> list[list[int]]:
     return [torch.randint(3, 97, (30 + 5 * i,), generator=draw).tolist() for i in range(n)]
 
 
-def made(model, file, every: float = 1e9, progress=None, command: str = "", **options) -> Jury:
+def made(model, file, every: float = 1e9, progress=None, command: str = "", **options) -> SoftTokens:
     plain = {"tokens": 4, "response": 6, "epochs": 3}
     settings = Options(**{**plain, **options})
     return train(model, questions(), file, settings, name="tiny", every=every, progress=progress, command=command)
@@ -309,23 +309,23 @@ def made(model, file, every: float = 1e9, progress=None, command: str = "", **op
 
 @pytest.mark.parametrize("loss", ["mse", "kl"])
 def test_true_response_has_no_loss(loss):
-    court = Court(tiny())
-    with court.frozen():
-        sample, said = court.sample(questions()[0], None, 6)
-        right = court.embed(torch.tensor(said))
+    frozen = Frozen(tiny())
+    with frozen.use():
+        sample, said = frozen.sample(questions()[0], None, 6)
+        right = frozen.embed(torch.tensor(said))
         assert len(said) == 6
-        assert float(court.loss(sample, right, loss)) < 1e-6
-        assert float(court.loss(sample, right.flip(0) + 1, loss)) > 1e-3
-        again, _ = court.sample(questions()[0], said, 6)
+        assert float(frozen.loss(sample, right, loss)) < 1e-6
+        assert float(frozen.loss(sample, right.flip(0) + 1, loss)) > 1e-3
+        again, _ = frozen.sample(questions()[0], said, 6)
     assert torch.equal(again.target, sample.target)
 
 
 def test_response_is_the_models_own():
     model, prompt = tiny(), questions()[1]
     want = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
-    court = Court(model)
-    with court.frozen():
-        assert court.sample(prompt, None, 6)[1] == want
+    frozen = Frozen(model)
+    with frozen.use():
+        assert frozen.sample(prompt, None, 6)[1] == want
 
 
 def test_distance_is_the_formula():
@@ -340,16 +340,16 @@ def test_training_moves_nothing_but_the_rows(family, tmp_path):
     model = tiny(family)
     calidrop.KVCache(model)
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    jury = made(model, tmp_path / "x.safetensors", epochs=6, rate=0.05)
+    made_rows = made(model, tmp_path / "x.safetensors", epochs=6, rate=0.05)
     assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert all(h.__module__.startswith("transformers.") for h in hooks)  # those that collect attention stay
     assert model.config._attn_implementation == "calidrop"
-    assert jury.meta["losses"][-1] < 0.9 * jury.meta["losses"][0]
+    assert made_rows.meta["losses"][-1] < 0.9 * made_rows.meta["losses"][0]
     cache = calidrop.KVCache(model, judge_q(20, file=str(tmp_path / "x.safetensors")))
     generate(model, batch(), cache, new=2)
-    assert worst(Jury.load(str(tmp_path / "x.safetensors")).rows, jury.rows) < 1e-2
+    assert worst(SoftTokens.load(str(tmp_path / "x.safetensors")).rows, made_rows.rows) < 1e-2
 
 
 def test_a_killed_training_continues(tmp_path):
@@ -475,11 +475,11 @@ def test_more_is_kept_of_what_the_response_attends_to(smollm2):
     model, tokenizer = smollm2
     calidrop.KVCache(model)
     recipes = ["judge_q(budget=64)", "snapkv(budget=64)", "snapkv(budget=64, kernel=1)"]
-    court, rates = Court(model), []
+    frozen, rates = Frozen(model), []
     for i, ask in enumerate(["What is this text about?", "What does Alice do here?", "Describe it as a picture."]):
         prompt = chat(tokenizer, f"{ALICE.read_text()[30000 * i + 500 : 30000 * i + 2000]}\n\n{ask}")
-        with court.frozen():
-            sample, _ = court.sample(prompt, None, 24)
+        with frozen.use():
+            sample, _ = frozen.sample(prompt, None, 24)
         target = sample.target.float().unflatten(1, (3, 3)).mean(2).topk(64).indices.flatten(0, 1).tolist()
         rates.append([])
         for name in recipes:
@@ -501,7 +501,7 @@ def test_quick_training_of_the_real_model(tmp_path):
     command += ["--longest", "48", "--response", "6", "--epochs", "4", "--questions", str(asked), "--rate", "0.02"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    jury = Jury.load(str(out))
-    assert jury.rows.shape == (4, 576)
-    assert jury.meta["losses"][-1] < 0.8 * jury.meta["losses"][0]
-    assert jury.meta["command"].startswith("calidrop train judge-q --model smollm2 --tokens 4")
+    made_rows = SoftTokens.load(str(out))
+    assert made_rows.rows.shape == (4, 576)
+    assert made_rows.meta["losses"][-1] < 0.8 * made_rows.meta["losses"][0]
+    assert made_rows.meta["command"].startswith("calidrop train judge-q --model smollm2 --tokens 4")

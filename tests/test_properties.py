@@ -98,9 +98,9 @@ def test_four_properties(recipe, rows, heads, group):
         pads[1, :10] = False
     seen = 0
     for T in steps((37, 23)):
-        layer.jurors = len(layer.plan.jury) if layer.plan.jury is not None and layer.prompt_part(T, False) else 0
-        k, v = torch.randn(2, rows, heads, T + layer.jurors, D)
-        q = torch.randn(rows, heads * group, T + layer.jurors, D)
+        layer.soft_columns = len(layer.plan.soft) if layer.plan.soft is not None and layer.prompt_part(T, False) else 0
+        k, v = torch.randn(2, rows, heads, T + layer.soft_columns, D)
+        q = torch.randn(rows, heads * group, T + layer.soft_columns, D)
         if T == 1:
             layer.settle()
         before = (layer.state.store.tokens(), [layer.state.window.tokens()] if len(layer.state.window) else [])

@@ -83,7 +83,7 @@ def test_errors(monkeypatch):
         prefill(model, [KVCache(model), KVCache(tiny())], **inputs)
     with pytest.raises(ValueError, match="no caches"):
         prefill(model, [], **inputs)
-    jury = f"judge_q(budget=24, file={soft(model)!r})+int4"
-    assert parse(jury).alone
+    alone = f"judge_q(budget=24, file={soft(model)!r})+int4"
+    assert parse(alone).alone
     with pytest.raises(ValueError, match="cannot share a prefill"):
-        prefill(model, [KVCache(model, jury)], **inputs)
+        prefill(model, [KVCache(model, alone)], **inputs)

@@ -11,7 +11,7 @@ import transformers
 
 from calidrop.cache import layers_of
 from calidrop.methods._artefact import facts, key_samples
-from calidrop.methods.judge_q import Jury
+from calidrop.methods.judge_q import SoftTokens
 from calidrop.plugin import using
 
 COMMON = {
@@ -112,6 +112,6 @@ def soft(model: torch.nn.Module | None = None, n: int = 5, **meta) -> str:
     file = folder / f"{'-'.join(f'{name}-{x}' for name, x in meta.items())}-{n}.safetensors"
     rows = torch.randn(n, meta["hidden"], generator=torch.Generator().manual_seed(5)) * 0.5
     beside = file.with_name(f"{file.name}.{os.getpid()}")
-    Jury({"model": "tiny", **meta}, rows, samples).save(beside)
+    SoftTokens({"model": "tiny", **meta}, rows, samples).save(beside)
     beside.replace(file)
     return str(file)

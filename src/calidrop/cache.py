@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from calidrop import jury, ops
+from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
 from calidrop.plugin import ATTENTION, attention_modules, check_model, key_sample, layer_kinds, rope_of
 from calidrop.recipe import Recipe, parse
+from calidrop.soft import install
 from calidrop.state import held_bytes
 
 
@@ -47,9 +48,9 @@ class KVCache(Cache):
         self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
         for layer in self._mine:
             layer.config = self.config
-        soft = next((layer.plan.jury for layer in self._mine if layer.plan.jury is not None), None)
+        soft = next((layer.plan.soft for layer in self._mine if layer.plan.soft is not None), None)
         if soft is not None:
-            jury.seat(model, soft)
+            install(model, soft)
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
 

@@ -88,10 +88,10 @@ class Prompt:
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
-            if plan.jury is not None:
-                soft = self.queries(len(plan.jury), context, heads)
+            if plan.soft is not None:
+                soft = self.queries(len(plan.soft), context, heads)
                 step = dataclasses.replace(
-                    step, jury=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
+                    step, soft=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
                 )
             s.obs, s.due = step, plan.prompts
             kv.settle()

@@ -67,7 +67,7 @@ class LayerKV(CacheLayerMixin):
         self.plan = self.make()
         self.state = LayerState(self.plan.store)
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.jurors = 0  # how many of the next columns are soft tokens that look at a prompt (`jury.py`)
+        self.soft_columns = 0  # how many of the next columns are soft tokens that look at a prompt (`soft.py`)
         self.record_past = False
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
@@ -140,18 +140,18 @@ class LayerKV(CacheLayerMixin):
         """q: [B,Hq,T,D] -> [B,Hq,T,Dv]. sink: a learned logit per query head that has no value (gpt-oss), [Hq]."""
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
-        T = k.shape[2] - self.jurors
+        T = k.shape[2] - self.soft_columns
         qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
         self._expect(new)
-        jury = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
+        soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
         prompt = self.prompt_part(T, mask.prompt)
         self.record_past = self.record_past and not mask.prompt  # plain decoding goes on with the cache
         if self.record_past:
-            return self._recorded(qs, new, sink, prompt, jury)
+            return self._recorded(qs, new, sink, prompt, soft)
         if prompt == 0:
             self.settle()
             return self._step(qs, new, sink)
-        o = self._prompt(qs, new, sink, jury)
+        o = self._prompt(qs, new, sink, soft)
         if self.eager or mask.ends:
             self.settle()
         return o
@@ -179,19 +179,19 @@ class LayerKV(CacheLayerMixin):
         elif len(self.state.context) != B:
             raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
 
-    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, jury: QKV) -> Tensor:
+    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, soft: QKV) -> Tensor:
         """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
         would have had there. Forks share their tensors, so keeping them all costs nothing."""
-        out, verdict = [], []
+        out, extra = [], []
         if prompt:
-            o = self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink, jury)
-            out, verdict = [o[:, :, :prompt]], [o[:, :, prompt:]]
+            o = self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink, soft)
+            out, extra = [o[:, :, :prompt]], [o[:, :, prompt:]]
         self.undo = [self.state.fork()]  # type: ignore[list-item]
         for i in range(prompt, len(qs)):
             self.settle()
             out.append(self._step(qs.slice(i, i + 1), new.slice(i, i + 1), sink))
             self.undo.append(self.state.fork())  # type: ignore[arg-type]
-        return torch.cat(out + verdict, 2)
+        return torch.cat(out + extra, 2)
 
     def _step(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
         s = self.state
@@ -208,8 +208,8 @@ class LayerKV(CacheLayerMixin):
         self._trim()
         return o
 
-    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, jury: QKV) -> Tensor:
-        """The outputs of the prompt, and after them those of the jury."""
+    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV) -> Tensor:
+        """The outputs of the prompt, and after them those of the soft tokens."""
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         if self.reach is not None and len(s.window):
@@ -222,7 +222,7 @@ class LayerKV(CacheLayerMixin):
             s.window.append(new)
         o, lse = with_sink(qs, ops.joined(qs, parts), sink)
         self._prompted(qs, lse)
-        return torch.cat([o, self._heard(qs, jury, sink)], 2) if self.jurors else o
+        return torch.cat([o, self._behind(qs, soft, sink)], 2) if self.soft_columns else o
 
     def _prompted(self, qs: Queries, lse: Tensor) -> None:
         """Count what a prompt brought; its tokens are in the window already."""
@@ -240,22 +240,22 @@ class LayerKV(CacheLayerMixin):
         self._saw(qs, lse)
         self._trim(slack=0)
 
-    def _heard(self, qs: Queries, jury: QKV, sink: Tensor | None) -> Tensor:
-        """What the jury's n soft tokens [B,heads,n,D] answer, which stand right after the prompt whose queries are
+    def _behind(self, qs: Queries, soft: QKV, sink: Tensor | None) -> Tensor:
+        """What the n soft tokens [B,heads,n,D] answer, which stand right after the prompt whose queries are
         `qs`, and see it and those before them. Of them, only what a scorer may see is kept, until the flush."""
-        s, (q, k, v) = self.state, jury
-        pos = torch.arange(s.seen, s.seen + self.jurors, dtype=torch.int32, device=q.device).expand(len(q), -1)
+        s, (q, k, v) = self.state, soft
+        pos = torch.arange(s.seen, s.seen + self.soft_columns, dtype=torch.int32, device=q.device).expand(len(q), -1)
         own = Tokens(k, v, pos[:, None].expand(*k.shape[:3]), dense=True)
-        soft = replace(qs, q=q, pos=pos)
+        behind = replace(qs, q=q, pos=pos)
         parts: list[Partial | Piece] = []
         if s.store is not None:
             aside: Store = s.store.fork()  # type: ignore[assignment]  what a store notes as it answers is not for them
-            parts += aside.attend(soft)
-        parts += [ops.attend(soft, s.window.tokens()), ops.prompt(soft, own, self.reach)]
-        o, lse = with_sink(soft, ops.joined(soft, parts), sink)
+            parts += aside.attend(behind)
+        parts += [ops.attend(behind, s.window.tokens()), ops.prompt(behind, own, self.reach)]
+        o, lse = with_sink(behind, ops.joined(behind, parts), sink)
         if s.obs is not None:
             assert s.context is not None and s.start is not None
-            s.obs = replace(s.obs, jury=Observation(soft, lse, s.context, s.start).copied())
+            s.obs = replace(s.obs, soft=Observation(behind, lse, s.context, s.start).copied())
         return o
 
     def _saw(self, qs: Queries, lse: Tensor) -> None:

@@ -20,7 +20,7 @@ class Observation(State):
 
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
     start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
-    last one) are of a prompt, not of generated tokens. jury: the same of soft tokens behind the prompt, for methods
+    last one) are of a prompt, not of generated tokens. soft: the same of soft tokens behind the prompt, for methods
     that have some; it goes when other queries follow.
     """
 
@@ -29,7 +29,7 @@ class Observation(State):
     context: Int[Tensor, " B"]
     start: Int[Tensor, " B"]
     prompt: bool = False
-    jury: Observation | None = None
+    soft: Observation | None = None
 
     @property
     def length(self) -> Int[Tensor, " B"]:
@@ -96,5 +96,5 @@ class Observation(State):
         rows = rows.to(qs.q.device)
         self.queries = Queries(qs.q[rows], qs.pos[rows], qs.scale, qs.softcap, qs.visible)
         self.lse, self.context, self.start = self.lse[rows], self.context[rows], self.start[rows]
-        if self.jury is not None:
-            self.jury.take_rows(rows)
+        if self.soft is not None:
+            self.soft.take_rows(rows)

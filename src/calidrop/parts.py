@@ -77,15 +77,15 @@ class Selector(Part, ABC):
     """Which tokens stay. recent: the last tokens, always kept exact in the window and counted in the budget. every:
     compress again each so many generated tokens (None: only prompts are compressed). observe: the number of last
     queries it looks at. per_head: whether heads may keep different tokens. prompts: whether a prompt is compressed as
-    soon as it is complete, not only with the tokens generated after it. jury: embeddings [n,hidden] of soft tokens that
-    look at every prompt too (`Observation.jury`)."""
+    soon as it is complete, not only with the tokens generated after it. soft: embeddings [n,hidden] of soft tokens that
+    look at every prompt too (`Observation.soft`)."""
 
     recent: int
     every: int | None
     observe: int = 1
     per_head: bool = True
     prompts: bool = True
-    jury: Tensor | None = None
+    soft: Tensor | None = None
 
     role = "which tokens stay"
 
@@ -166,7 +166,7 @@ class Plan:
     every: int | None
     observe: int
     prompts: bool = True
-    jury: Tensor | None = None
+    soft: Tensor | None = None
 
 
 def method(paper: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -56,7 +56,7 @@ class Recipe:
     def alone(self) -> bool:
         """Whether it changes how a prompt is run, so that no other recipe can share the pass (`tee`)."""
         select = self.part(Selector)
-        return select is not None and select.jury is not None
+        return select is not None and select.soft is not None
 
     def __add__(self, other: Part | Recipe | str) -> Recipe:
         return Recipe((*self.parts, *_read(other).parts))
@@ -79,7 +79,7 @@ class Recipe:
         if select is None:
             return Plan(kept(), lead.recent, lead.every, observe)
         store = select.store(layer, kept, rest.make(layer) if rest else None, stand)
-        return Plan(store, select.recent, select.every, observe, select.prompts, select.jury)
+        return Plan(store, select.recent, select.every, observe, select.prompts, select.soft)
 
 
 def parse(recipe: str | Part | Recipe) -> Recipe:

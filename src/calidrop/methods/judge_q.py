@@ -17,7 +17,7 @@ from calidrop.tokens import Tokens
 SHIPPED = "judge_q-smollm2.safetensors"
 
 
-class Jury:
+class SoftTokens:
     """What one training wrote. rows: [n,hidden], what the first layer is given for each soft token. samples: a few key
     weights of each layer."""
 
@@ -28,10 +28,10 @@ class Jury:
         _artefact.save("judge_q", file, self.meta, {"rows": self.rows.half(), "samples": self.samples})
 
     @staticmethod
-    def load(file: str) -> Jury:
+    def load(file: str) -> SoftTokens:
         """Raises ValueError for a file that is not there or not one of these."""
         meta, data = _artefact.load("judge_q", file)
-        return Jury(meta, data["rows"].float(), data["samples"])
+        return SoftTokens(meta, data["rows"].float(), data["samples"])
 
     def check(self, layer: Layer) -> None:
         """Raises ValueError for a layer of another model."""
@@ -39,16 +39,16 @@ class Jury:
         _artefact.check_weights("judge_q", self.meta, self.samples, layer)
 
 
-class Verdict(Score):
+class SoftAttention(Score):
     """What the soft tokens behind the prompt attend to, on average."""
 
     def __init__(self, kernel: int, group: str):
         self.kernel, self.group = kernel, group
 
     def __call__(self, t: Tokens, obs: Observation) -> Tensor:
-        if obs.jury is None:
+        if obs.soft is None:
             raise RuntimeError("judge_q: a prompt came without its soft tokens: it did not go through the decoder")
-        weights = obs.jury.weights(t, self.group).mean(2)
+        weights = obs.soft.weights(t, self.group).mean(2)
         return F.avg_pool1d(weights, self.kernel, 1, self.kernel // 2)
 
 
@@ -74,14 +74,14 @@ def judge_q(
     check_choice("judge_q: group", group, ("mean", "max"))
     if file is not None and not isinstance(file, str):
         raise ValueError(f"judge_q: file must be a path in quotes, got {file!r}")
-    jury = Jury.load(str(resources.files("calidrop") / "data" / SHIPPED) if file is None else file)
+    soft = SoftTokens.load(str(resources.files("calidrop") / "data" / SHIPPED) if file is None else file)
 
     def score(layer: Layer) -> Score:
         try:
-            jury.check(layer)
+            soft.check(layer)
         except ValueError as error:
             hint = "; train soft tokens for it with: calidrop train judge-q --model MODEL --out FILE, and name the FILE"
             raise ValueError(f"{error}{hint if file is None else ''}") from None
-        return Verdict(kernel, group)
+        return SoftAttention(kernel, group)
 
-    return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=None, jury=jury.rows)
+    return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=None, soft=soft.rows)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from calidrop import __version__
 from calidrop.methods._artefact import facts, key_samples
-from calidrop.methods.judge_q import Jury
+from calidrop.methods.judge_q import SoftTokens
 from calidrop.parts import check_choice, check_int, check_number
-from calidrop.train._court import Court, Sample
+from calidrop.train._frozen import Frozen, Sample
 from calidrop.train._part import PartFile
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Options:
     """tokens: soft ones. response: tokens of each response at most. epochs: times each sample is seen. batch: samples
-    per step of Adam, rate: its first. loss: see `_court.distance`. seed: of the first rows and the order."""
+    per step of Adam, rate: its first. loss: see `_frozen.distance`. seed: of the first rows and the order."""
 
     tokens: int = 32
     response: int = 48
@@ -62,37 +62,37 @@ def train(
     command: str = "",
     progress: Progress | None = None,
     every: float = 20.0,
-) -> Jury:
+) -> SoftTokens:
     """Train soft tokens on prompts (token ids) and write `out`.
 
     name, command: written into the file. every: seconds between writes of the part file from which a killed run
     continues. Raises ValueError for a model that cannot work.
     """
-    court, tell = Court(model), progress or (lambda *_: None)
-    weights = key_samples(court.layers)
-    settings: dict[str, Any] = {"model": name, **facts(court.layers, court.decoder.config.hidden_size)}
+    frozen, tell = Frozen(model), progress or (lambda *_: None)
+    weights = key_samples(frozen.layers)
+    settings: dict[str, Any] = {"model": name, **facts(frozen.layers, frozen.decoder.config.hidden_size)}
     settings |= {**asdict(options), "samples": len(prompts), "prompts": _hash(json.dumps(prompts).encode())}
     settings["weights"] = _hash(weights.numpy().tobytes())
     part = PartFile(out, settings, every)
-    with court.frozen():
-        samples = _samples(court, prompts, options.response, part, tell)
-        rows, losses = _descend(court, samples, options, part, tell)
+    with frozen.use():
+        samples = _samples(frozen, prompts, options.response, part, tell)
+        rows, losses = _descend(frozen, samples, options, part, tell)
     meta = settings | {"losses": [round(x, 6) for x in losses], "command": command, "version": __version__}
-    jury = Jury(meta, rows.cpu(), weights)
-    part.finish(jury.save)
-    return jury
+    soft = SoftTokens(meta, rows.cpu(), weights)
+    part.finish(soft.save)
+    return soft
 
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _samples(court: Court, prompts: Sequence[list[int]], most: int, part: PartFile, tell: Progress) -> list[Sample]:
+def _samples(frozen: Frozen, prompts: Sequence[list[int]], most: int, part: PartFile, tell: Progress) -> list[Sample]:
     """The responses are in the part file; keys, values and targets are made again, as they are large."""
     made = []
     for i, prompt in enumerate(prompts):
         known = part.tensors.get(f"said.{i}")
-        sample, said = court.sample(prompt, None if known is None else known.tolist(), most)
+        sample, said = frozen.sample(prompt, None if known is None else known.tolist(), most)
         made.append(sample)
         if known is None:
             part.tensors[f"said.{i}"] = torch.tensor(said)
@@ -102,11 +102,11 @@ def _samples(court: Court, prompts: Sequence[list[int]], most: int, part: PartFi
 
 
 def _descend(
-    court: Court, samples: list[Sample], options: Options, part: PartFile, tell: Progress
+    frozen: Frozen, samples: list[Sample], options: Options, part: PartFile, tell: Progress
 ) -> tuple[Tensor, list[float]]:
     """The trained rows fp32 [n,hidden], and the mean loss of every epoch."""
-    state, batch, device = part.tensors, options.batch, court.model.device
-    order = _start(court, samples, options, state)
+    state, batch, device = part.tensors, options.batch, frozen.model.device
+    order = _start(frozen, samples, options, state)
     total, done = math.ceil(len(order) / batch), part.done.get("steps", 0)
     rows = state["rows"].to(device).clone().requires_grad_()
     adam = torch.optim.Adam([rows], lr=options.rate)
@@ -118,7 +118,7 @@ def _descend(
         rows.grad = torch.zeros_like(rows)
         for at, i in enumerate(picked):
             with torch.enable_grad():
-                loss = court.loss(samples[i], rows, options.loss)
+                loss = frozen.loss(samples[i], rows, options.loss)
                 rows.grad += torch.autograd.grad(loss, rows)[0] / len(picked)
             losses[(step * batch + at) // len(samples)] += float(loss.detach()) / len(samples)
         adam.step()
@@ -129,12 +129,12 @@ def _descend(
     return rows.detach(), state["losses"].tolist()
 
 
-def _start(court: Court, samples: list[Sample], options: Options, state: dict[str, Tensor]) -> list[int]:
+def _start(frozen: Frozen, samples: list[Sample], options: Options, state: dict[str, Tensor]) -> list[int]:
     """The order of the samples, all epochs in a row; and in `state` what is trained, where it is not there yet."""
     draw = torch.Generator().manual_seed(options.seed)
     said = torch.cat([state[f"said.{i}"] for i in range(len(samples))])
-    first = said[torch.randint(len(said), (options.tokens,), generator=draw)].to(court.model.device)
-    state.setdefault("rows", court.embed(first).float().detach().cpu())
+    first = said[torch.randint(len(said), (options.tokens,), generator=draw)].to(frozen.model.device)
+    state.setdefault("rows", frozen.embed(first).float().detach().cpu())
     for moment in ("exp_avg", "exp_avg_sq"):
         state.setdefault(moment, torch.zeros_like(state["rows"]))
     state.setdefault("losses", torch.zeros(options.epochs, dtype=torch.float64))

@@ -32,7 +32,7 @@ def _cast(cache: Any, dtype: torch.dtype) -> Any:
     return cache
 
 
-class Court:
+class Frozen:
     """A model whose weights are frozen while in use, and what is asked of it. whole: the layers that are compressed."""
 
     def __init__(self, model: Any):
@@ -49,7 +49,7 @@ class Court:
         self.embed = self.decoder.get_input_embeddings()
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def use(self) -> Iterator[None]:
         """No weight asks for gradients; attention is transformers' own."""
         before, asked = self.model.config._attn_implementation, [(p, p.requires_grad) for p in self.model.parameters()]
         try:
