@@ -5,12 +5,14 @@ python -m calidrop.lm_eval --model calidrop --model_args pretrained=smollm2,reci
 lm_eval finds models of other packages by no entry point: whoever uses it from Python imports this module first, and the
 command above is its own command line with that import in front.
 
-A context is attended, compressed, and then asked: continuations are teacher-forced through the compressed cache as
-decoded tokens, each from the state that the context left. So a context shared by several continuations is run once.
+A context but for its last token is attended and compressed; that token and the continuation are teacher-forced through
+the compressed cache as decoded tokens, so even an answer of one token is its prediction. Every continuation starts from
+the state that the context left, so a context shared by several is run once.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # lm_eval need not be there where types are checked
 else:
     from lm_eval.models.huggingface import HFLM
 
+log = logging.getLogger(__name__)
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -51,6 +54,9 @@ class CalidropLM(HFLM):
         **kwargs: Any,
     ):
         self.recipe = str(parse(recipe))
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            log.warning("no CUDA device here: running on the CPU")  # "cuda:0" is lm_eval's default, not a choice
+            device = None
         model, tokenizer = load(pretrained, device=device, dtype=dtype)
         KVCache(model, self.recipe)
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size or 1, **kwargs)
@@ -87,13 +93,15 @@ class CalidropLM(HFLM):
     def _continue(self, context: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         if not context:
             raise ValueError(f"a continuation fills all {self.max_length} tokens: no context is left")
-        (subject,) = fill(self.model, [self.recipe], torch.tensor(context, device=self.device))
+        ids = torch.tensor(context, device=self.device)
+        (subject,) = fill(self.model, [self.recipe], ids[: max(1, len(ids) - 1)])
+        first = subject.feed(ids[-1:])[-1] if len(ids) > 1 else subject.logits
         saved, out = subject.saved(), []
-        for ids in continuations:
+        for continuation in continuations:
             subject.restore(saved)
-            rest = subject.feed(torch.tensor(ids[:-1], device=self.device)) if len(ids) > 1 else subject.logits[:0]
-            logits = torch.cat([subject.logits[None], rest.view(-1, len(subject.logits))]).float()
-            target = torch.tensor(ids, device=logits.device)
+            target = torch.tensor(continuation, device=self.device)
+            rest = subject.feed(target[:-1]) if len(target) > 1 else first[None, :][:0]
+            logits = torch.cat([first[None], rest]).float()
             logp = logits.log_softmax(-1).gather(1, target[:, None]).sum()
             out.append((float(logp), bool((logits.argmax(-1) == target).all())))
         return out
