@@ -177,17 +177,33 @@ def test_without_past_and_redundancy_it_is_a_window_of_attention():
 
 @pytest.mark.parametrize("times", [1, 4])
 def test_what_is_never_attended_again_fades(times):
-    """(h3) Its score is decay^k of what it was, and a token without a past has that of its window alone."""
+    """(h3) Its score is decay^k of what it was after k compressions."""
     q, k, v = random_qkv(1, 1, 2, PROMPT + 5 * times, 4)
-    k[..., 0], q[..., 0] = 0.0, 0.0
+    k[..., :2], q[..., :2] = 0.0, 0.0
     k[:, :, 7, 0], q[:, :, PROMPT - 6 : PROMPT, 0] = 12.0, 12.0  # the end of the prompt looks at token 7 alone
-    q[:, :, PROMPT:, 0] = -12.0  # nothing later does
-    kv = run("g_kv(budget=200, every=5, recent=5, decay=0.7, mix=1)", (q, k, v), PROMPT)
+    k[:, :, 9, 1], q[:, :, PROMPT:, 1] = 12.0, 12.0  # everything later at token 9
+    kv = run("g_kv(budget=36, every=5, recent=5, decay=0.7, mix=1)", (q, k, v), PROMPT)
     held = live(kv)[0]
     score = held.stats["attended"][0, 0]
     torch.testing.assert_close(score[held.pos[0, 0] == 7], torch.tensor([0.7**times]))
-    assert len(score) == PROMPT + 5 * times - 5
-    assert score.max() == 1
+    assert len(score) == 31
+    assert score[held.pos[0, 0] == 9] == 1
+
+
+def test_the_past_begins_when_something_has_to_go():
+    """Per row: the prompt of one is longer than the budget, that of the other is not yet."""
+    qkv = random_qkv(2, 2, 3, 50, 6)
+    kv = layer_of("g_kv(budget=30, every=5, recent=4)", qkv)
+    feed(kv, tuple(x[:, :, :PROMPT] for x in qkv), pads=[0, 18])
+    kv.settle()
+    past = kv.state.store.tokens()[0]
+    assert ((past.stats["attended"] > 0) == torch.tensor([True, False])[:, None, None])[past.valid].all()
+    feed(kv, tuple(x[:, :, PROMPT:] for x in qkv), [1] * 9, [0, 18])
+    past = kv.state.store.tokens()[0]
+    assert ((past.stats["attended"] > 0) == torch.tensor([True, False])[:, None, None])[past.valid].all()
+    more = random_qkv(2, 2, 3, 1, 6)
+    feed(kv, more, pads=[0, 18])  # 51 - 18 = 33 tokens
+    assert (kv.state.store.tokens()[0].stats["attended"] > 0).all()
 
 
 @pytest.mark.parametrize("name", METHODS)

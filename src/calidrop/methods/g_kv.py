@@ -18,17 +18,22 @@ TINY = torch.finfo(torch.float32).tiny
 class GlobalScore(Score):
     """What the last queries attend to, joined with what earlier windows did, less how redundant a key is.
 
-    history: how the two are joined, None for not at all. rkv: importance and scales of R-KV instead of G-KV."""
+    amount: how many tokens of the length so far stay beside the window. history: how the two are joined, None for not
+    at all. rkv: importance and scales of R-KV instead of G-KV."""
 
-    def __init__(self, history: str | None, decay: float, mix: float, kernel: int, pairs: bool, rkv: bool = False):
-        self.history, self.decay, self.mix, self.kernel = history, decay, mix, kernel
-        self.pairs, self.rkv = pairs, rkv
+    def __init__(
+        self, amount: Amount, history: str | None, decay: float, mix: float, kernel: int, pairs: bool, rkv: bool = False
+    ):
+        self.amount, self.history, self.decay, self.mix = amount, history, decay, mix
+        self.kernel, self.pairs, self.rkv = kernel, pairs, rkv
 
     def __call__(self, t: Tokens, obs: Observation) -> Tensor:
         score = self.importance(t, obs)
         if self.history is not None:
-            score = self.joined(score, t.stats.get("attended"))
-            t.stats = {**t.stats, "attended": score}
+            before = t.stats["attended"] if "attended" in t.stats else torch.zeros_like(score)
+            score = self.joined(score, before)
+            crowded = t.valid.sum(-1, keepdim=True) > self.amount(obs.length)[:, None, None]
+            t.stats = {**t.stats, "attended": torch.where(crowded, score, before)}  # begins when something has to go
         score = F.max_pool1d(real(score, t.valid), self.kernel, 1, self.kernel // 2)
         if self.mix == 1:
             return score
@@ -41,10 +46,8 @@ class GlobalScore(Score):
         among = torch.softmax(logits(obs.queries, t.k, t.pos).amax(2), -1)  # of the tokens that may go, not the window
         return obs.mean(among.nan_to_num(0.0))  # a query that is a pad sees none of them
 
-    def joined(self, now: Tensor, before: Tensor | None) -> Tensor:
+    def joined(self, now: Tensor, before: Tensor) -> Tensor:
         """0 in `before` marks a token without history; a score that is kept is never quite 0."""
-        if before is None:
-            return now.clamp(min=TINY)
         if self.history == "max":
             now = torch.maximum(self.decay * before, now)
         elif self.history == "sum":
@@ -98,17 +101,17 @@ def g_kv(
     against R-KV's redundancy of keys (1: no redundancy). pairs: the earlier of just two similar keys is redundant too;
     as published only three and more are. Holds 4 bytes more per token and kv head.
 
-    Deviations: history begins with the first window though nothing had to go (in the code, with the first eviction).
-    Redundancy is among the tokens that may go, not the window; of a key with no similar one no link is left out.
-    Weights are those the queries had when they were asked: with `every` below `recent` some saw tokens now gone. "sum"
-    does not begin with the whole prompt's attention (see `h2o`). CAKE's and SnapKV's variants are left out.
+    Deviations: redundancy is among the tokens that may go, not the window; of a key with no similar one no link is left
+    out. Weights are those the queries had when they were asked: with `every` below `recent` some saw tokens now gone.
+    "sum" does not begin with the whole prompt's attention (see `h2o`). CAKE's and SnapKV's variants are left out.
     """
     check("g_kv", budget, every, recent, least, mix, pairs)
     check_number("g_kv: decay", decay, 0.0, 1.0)
     check_choice("g_kv: history", history, HISTORIES)
+    amount = growing(budget, recent, least)
     return Evictor(
-        score=lambda layer: GlobalScore(history, decay, mix, 1, pairs),
-        amount=growing(budget, recent, least),
+        score=lambda layer: GlobalScore(amount, history, decay, mix, 1, pairs),
+        amount=amount,
         growing=True,
         recent=recent,
         every=every,

@@ -25,9 +25,10 @@ def r_kv(
     """
     check("r_kv", budget, every, recent, least, mix, pairs)
     check_window("r_kv", budget, recent, kernel, every)
+    amount = growing(budget, recent, least)
     return Evictor(
-        score=lambda layer: GlobalScore(None, 0.0, mix, kernel, pairs, rkv=True),
-        amount=growing(budget, recent, least),
+        score=lambda layer: GlobalScore(amount, None, 0.0, mix, kernel, pairs, rkv=True),
+        amount=amount,
         growing=True,
         recent=recent,
         every=every,
