@@ -180,8 +180,8 @@ def test_what_is_never_attended_again_fades(times):
     """(h3) Its score is decay^k of what it was after k compressions."""
     q, k, v = random_qkv(1, 1, 2, PROMPT + 5 * times, 4)
     k[..., :2], q[..., :2] = 0.0, 0.0
-    k[:, :, 7, 0], q[:, :, PROMPT - 6 : PROMPT, 0] = 12.0, 12.0  # the end of the prompt looks at token 7 alone
-    k[:, :, 9, 1], q[:, :, PROMPT:, 1] = 12.0, 12.0  # everything later at token 9
+    k[:, :, 7, 0], q[:, :, PROMPT - 6 : PROMPT, 0] = 12.0, 12.0  # the end of the prompt looks at token 7
+    k[:, :, 9, 1], q[:, :, PROMPT - 6 :, 1] = 12.0, 11.9  # and a little less at token 9; later at that one alone
     kv = run("g_kv(budget=36, every=5, recent=5, decay=0.7, mix=1)", (q, k, v), PROMPT)
     held = live(kv)[0]
     score = held.stats["attended"][0, 0]
