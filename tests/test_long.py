@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks import long
+from benchmarks import lockstep
 from benchmarks.abreast import Abreast
 from benchmarks.snapkv_once import snapkv_once
 
@@ -41,11 +41,11 @@ def test_side_by_side_is_alone(llama):
 
 
 def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(long, "SAVE", 16)
+    monkeypatch.setattr(lockstep, "SAVE", 16)
     inputs, saved = batch(2, 30), tmp_path / "run.saved"
-    whole = long.Run(llama, RECIPES, inputs, 40, saved)([0], None)
+    whole = lockstep.Run(llama, RECIPES, inputs, 40, saved)([0], None)
     assert not saved.exists()
-    run = long.Run(llama, RECIPES, inputs, 40, saved)
+    run = lockstep.Run(llama, RECIPES, inputs, 40, saved)
 
     def stop(target, measure=run._measure):
         measure(target)
@@ -56,7 +56,7 @@ def test_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run([0], None)
     assert saved.exists()
-    again, ran = long.Run(llama, RECIPES, inputs, 40, saved), []
+    again, ran = lockstep.Run(llama, RECIPES, inputs, 40, saved), []
     monkeypatch.setattr(again, "_forward", lambda ids, now, go=again._forward: ran.append(now) or go(ids, now))
     tokens, found = again([0], None)
     assert len(ran) == 40 - 32
