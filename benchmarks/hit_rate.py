@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from importlib import resources
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,7 +30,7 @@ from calidrop.plugin import using
 from calidrop.train._frozen import Frozen
 from calidrop.train._prompts import chat
 
-TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
+TEXT = resources.files("calidrop") / "data" / "alice.txt"
 INSTRUCTIONS = (
     "What is this text about?",
     "Give the main points of the passage as a list.",

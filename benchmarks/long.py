@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from calidrop.methods import METHODS, h2o, lazy_eviction, snapkv, streaming_llm,
 from calidrop.parts import Part
 from calidrop.recipe import parse
 
-BOOK = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
-QUESTIONS = Path(__file__).with_name("data") / "gsm8k.json"
+BOOK = resources.files("calidrop") / "data" / "alice.txt"
+QUESTIONS = resources.files("calidrop") / "data" / "gsm8k.jsonl"
 
 
 def defaults(n: int) -> list[Part]:
@@ -46,7 +47,7 @@ def defaults(n: int) -> list[Part]:
 def prompts(tokenizer: Any, n: int) -> dict[str, Tensor]:
     """n prompts, left-padded: pages and questions in turn."""
     book = tokenizer(BOOK.read_text(), verbose=False)["input_ids"]
-    questions = json.loads(QUESTIONS.read_text())["questions"]
+    questions = [json.loads(line)["question"] for line in QUESTIONS.read_text().splitlines()]
     rows = []
     for i in range(n):
         ask = [{"role": "user", "content": questions[i // 2 % len(questions)] + " Think step by step."}]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from importlib import resources
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,7 +23,7 @@ import calidrop
 from calidrop import KVCache
 from calidrop.plugin import using
 
-TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
+TEXT = resources.files("calidrop") / "data" / "alice.txt"
 QUESTION = "\n\nThe magic number is"
 
 

@@ -6,6 +6,7 @@ python -m benchmarks.recall [--file FILE] [--text FILE] [--windows N] [--length 
 from __future__ import annotations
 
 import argparse
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from calidrop.methods._predictor import load
 from calidrop.train._text import windows
 from calidrop.train.attention_predictor import recall, table
 
-TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
+TEXT = resources.files("calidrop") / "data" / "alice.txt"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from statistics import mean
 
@@ -20,7 +21,7 @@ import calidrop
 from calidrop.compare import Row, compare
 from calidrop.plugin import layer_kinds
 
-TEXT = Path(__file__).parents[1] / "tests" / "data" / "alice.txt"
+TEXT = resources.files("calidrop") / "data" / "alice.txt"
 RECIPES = [
     "full",
     "int8",

@@ -6,6 +6,7 @@ import atexit
 import functools
 import shutil
 import tempfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from calidrop.rope import Rope
 from calidrop.tokens import Tokens
 
 QKV = tuple[Tensor, Tensor, Tensor]
+ALICE = resources.files("calidrop") / "data" / "alice.txt"  # no default was chosen on it
 
 
 @functools.cache

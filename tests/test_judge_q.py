@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from calidrop.recipe import parse
 from calidrop.train._frozen import Frozen, distance
 from calidrop.train._prompts import chat, prompts, read_questions
 from calidrop.train.judge_q import Options, train
-from helpers import layer_of, live, positions, random_qkv
+from helpers import ALICE, layer_of, live, positions, random_qkv
 from tiny import batch, generate, soft, tiny, worst
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "mixtral", "olmo2"]
@@ -447,9 +446,6 @@ def test_missing_questions_are_told_before_any_work(tmp_path, monkeypatch):
 
 
 # ---- the real model, with the soft tokens shipped for it
-
-
-ALICE = Path(__file__).parent / "data" / "alice.txt"  # neither trained on nor tuned on
 
 
 @pytest.mark.slow

@@ -143,3 +143,24 @@ def test_what_it_does_not_take_is_answered_by_torch():
         want, total = attend(qs, t.k, t.v, t.pos)
         assert (o - want).abs().max() < 2e-5
         assert (lse - total).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("recipe", ["int8(residual=1)", "int4(residual=1)", "kivi(bits=4, residual=1)"])
+@pytest.mark.parametrize("gap", [60, 78, 80, 84, 100])
+def test_weights_that_are_next_to_nothing(recipe, gap):
+    """Blocks whose weights are e^-gap of those before them."""
+    q, k, v = random_qkv(1, 1, 1, 257, 64)
+    k[:, :, :64] = gap * 8 * q[:, :, -1:] / q[:, :, -1:].square().sum(-1, keepdim=True)
+    kv = run(recipe, (q, k, v))
+    qs = Queries(q[:, :, -1:], torch.full((1, 1), 257), 64**-0.5)
+    check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-3)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_is_no_number_stays_none(which):
+    qs, t = queries(1, 2, 1, 64), tokens(1, 2, 300, 64)
+    {"q": qs.q, "k": t.k, "v": t.v}[which][0, 0, 0, 5] = float("nan")
+    o, lse = cpu.decode(qs, [ops.piece(t)])
+    want, total = attend(qs, t.k, t.v, t.pos)
+    assert torch.equal(o.isnan(), want.isnan())
+    assert torch.equal(lse.isnan(), total.isnan())

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +11,15 @@ from calidrop import KVCache
 from calidrop.compare import compare
 from calidrop.plugin import using
 from calidrop.state import tensors
-from helpers import feed
+from helpers import ALICE, feed
 from openloop import built, record
 from tiny import generate, worst
 
 pytestmark = pytest.mark.slow
-BOOK = Path(__file__).parent / "data" / "alice.txt"  # the defaults were not chosen on this text
 
 
 def prompt(tokenizer, start: int, n: int) -> torch.Tensor:
-    return tokenizer(BOOK.read_text()[start : start + 8 * n], return_tensors="pt").input_ids[:, :n]
+    return tokenizer(ALICE.read_text()[start : start + 8 * n], return_tensors="pt").input_ids[:, :n]
 
 
 def test_full_is_the_dynamic_cache(smollm2):
@@ -47,7 +45,7 @@ def test_full_is_the_dynamic_cache(smollm2):
 )
 def test_padded_rows_and_lookup_decoding(smollm2, recipe):
     model, tokenizer = smollm2
-    texts = [BOOK.read_text()[9000:10200], BOOK.read_text()[30000:31900]]
+    texts = [ALICE.read_text()[9000:10200], ALICE.read_text()[30000:31900]]
     inputs = dict(tokenizer(texts, return_tensors="pt", padding=True))
     tokens, logits = generate(model, inputs, KVCache(model, recipe), new=16)
     # the last bit differs between batch sizes, and may move a code or a choice between near equals
@@ -100,7 +98,7 @@ def test_first_order_beats_the_constant_closed_loop(smollm2):
     kl = torch.zeros(3)
     starts = (20000, 60000, 100000)
     for start in starts:
-        rows = compare(model, tokenizer, BOOK.read_text()[start:], recipes, context=2048, continuation=64)
+        rows = compare(model, tokenizer, ALICE.read_text()[start:], recipes, context=2048, continuation=64)
         kl += torch.tensor([row.kl for row in rows])
     evict, constant, first = (kl / len(starts)).tolist()
     print(f"KL: evict {evict:.4f}, order 0 {constant:.4f}, order 1 {first:.4f}")
@@ -154,7 +152,7 @@ print(ids.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 
 
 
 def test_prefill_of_8k_peaks_under_two_and_a_half_gib():
-    out = subprocess.run([sys.executable, "-c", PEAK, str(BOOK)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", PEAK, str(ALICE)], capture_output=True, text=True, check=True).stdout
     n, peak, _ = out.split()
     print(f"{n} tokens, peak {peak} GiB")
     assert int(n) == 8000
@@ -173,7 +171,7 @@ def test_what_each_format_is_for(smollm2):
         ("snapkv(budget=412)+int4", "snapkv(budget=128)", True),
     ]
     recipes = [name for better, worse, _ in pairs for name in (better, worse)]
-    rows = {r.recipe: r for r in compare(model, tokenizer, BOOK.read_text()[20000:], recipes, 1200, 40)}
+    rows = {r.recipe: r for r in compare(model, tokenizer, ALICE.read_text()[20000:], recipes, 1200, 40)}
     for better, worse, same_bytes in pairs:
         a, b = rows[better], rows[worse]
         print(f"{better} {a.kl:.4f} at {a.device_bytes:,} < {worse} {b.kl:.4f} at {b.device_bytes:,}")

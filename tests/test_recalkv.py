@@ -26,6 +26,7 @@ from calidrop.rope import Rope
 from calidrop.train import _lowrank as lowrank
 from calidrop.train._text import windows
 from calidrop.train.recalkv import train
+from helpers import ALICE
 from tiny import batch, generate, row, tiny, worst
 
 FULL = {"qwen2": "biases", "gemma2": "sliding layers, softcap", "gpt_oss": "yarn, sinks", "mixtral": "groups of heads"}
@@ -457,7 +458,7 @@ def test_quick_training_of_the_real_model(smollm2, tmp_path):
     ranks = sum(map(sum, artefact.meta["ranks"]))
     assert 0.49 * 30 * 2 * 192 < ranks <= 0.5 * 30 * 2 * 192
     assert artefact.meta["command"].startswith("calidrop train recalkv --model smollm2")
-    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    text = ALICE.read_text()
     plain, rounded = compare(*smollm2, text, [f"recalkv({str(out)!r})", f"recalkv({str(out)!r})+int4"], 512, 16)
     assert plain.ratio == pytest.approx(2, rel=0.12)  # the last tokens are exact, and there are positions
     assert rounded.ratio > 4

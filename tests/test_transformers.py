@@ -352,3 +352,32 @@ def test_prompt_shorter_than_the_window(llama, recipe):
     if "0.4" not in recipe:
         assert worst(logits, full_logits) < 2e-4
         assert torch.equal(tokens, full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["snapkv(budget=24, recent=8)", f"judge_q(budget=24, file={SOFT!r})"])
+def test_plain_calls_after_assisted_decoding(llama, recipe):
+    """A prompt that follows is a prompt, and nothing is kept to be undone."""
+    caches = [calidrop.KVCache(llama, recipe) for _ in range(2)]
+    tokens = [
+        generate(llama, batch(1), cache, new=10, prompt_lookup_num_tokens=lookup, output_logits=False)[0]
+        for cache, lookup in zip(caches, (None, 3), strict=True)
+    ]
+    assert torch.equal(*tokens)
+    later = torch.randint(3, 97, (1, 40))
+    out = [[llama(x, **using(cache)).logits[:, -1] for x in (later, later[:, :1])] for cache in caches]
+    assert worst(torch.cat(out[0]), torch.cat(out[1])) < 1e-4
+    assert caches[0].nbytes == caches[1].nbytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "recipe", ["snapkv(budget=24, recent=8)", "adakv(budget=24, recent=8)+calidrop", "r_kv(budget=24)"]
+)
+def test_nothing_but_pads_is_old(llama, recipe):
+    inputs = batch(2, 40, (36, 37))
+    tokens, logits = generate(llama, inputs, calidrop.KVCache(llama, recipe), new=4)
+    for i in range(2):
+        alone, alone_logits = generate(llama, row(inputs, i), calidrop.KVCache(llama, recipe), new=4)
+        assert worst(logits[i : i + 1], alone_logits) < 2e-3
+        assert torch.equal(tokens[i : i + 1], alone)

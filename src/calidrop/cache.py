@@ -15,7 +15,16 @@ from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
-from calidrop.plugin import ATTENTION, attention_modules, check_model, key_sample, layer_kinds, rope_of
+from calidrop.plugin import (
+    ASSISTED,
+    ATTENTION,
+    attention_modules,
+    called_from,
+    check_model,
+    key_sample,
+    layer_kinds,
+    rope_of,
+)
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
@@ -92,13 +101,13 @@ class KVCache(Cache):
         statistics included. Compresses a waiting prompt first. Where several processes share a model, this and the
         other counts are those of this process: its heads, or its layers."""
         self.compress()
-        return held_bytes([layer.state for layer in self._mine])
+        return held_bytes([(layer.state, layer.undo) for layer in self._mine])
 
     @property
     def host_nbytes(self) -> int:
         """Bytes held in host memory on purpose (evicted tokens that may be asked again)."""
         self.compress()
-        return held_bytes([layer.state for layer in self._mine], host=True)
+        return held_bytes([(layer.state, layer.undo) for layer in self._mine], host=True)
 
     @property
     def full_nbytes(self) -> int:
@@ -160,9 +169,6 @@ def _prompt_end(frame: FrameType | None) -> int | None:
     """Where the prompt ends when assisted decoding starts. Its first forward pass holds the prompt and the first
     proposals in one block, and nothing that reaches a cache says where one becomes the other; the caller's `input_ids`
     do. Without this, proposals would be checked against the uncompressed prompt and the answer would differ."""
-    while frame is not None:
-        if frame.f_code.co_name == "_assisted_decoding":
-            ids = frame.f_locals.get("input_ids")
-            return ids.shape[1] if isinstance(ids, Tensor) else None
-        frame = frame.f_back
-    return None
+    names = called_from(frame, ASSISTED)
+    ids = None if names is None else names.get("input_ids")
+    return ids.shape[1] if isinstance(ids, Tensor) else None

@@ -69,6 +69,7 @@ class LayerKV(CacheLayerMixin):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.soft_columns = 0  # how many of the next columns are soft tokens that look at a prompt (`soft.py`)
         self.record_past = False
+        self.assisted = False  # while recording: whether assisted decoding asked for it
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
@@ -99,7 +100,13 @@ class LayerKV(CacheLayerMixin):
     def activate_past_recording(self, prompt_end: int | None = None) -> None:
         """Assisted decoding: what comes after the prompt may be partly undone by `crop`."""
         self.prompt_end = self.state.seen if prompt_end is None else prompt_end
-        self.record_past = True
+        self.record_past, self.assisted = True, prompt_end is not None
+
+    def keep_recording(self, prompt: bool, assisted: bool) -> None:
+        """Ends it where something else goes on with the cache: nothing tells when assisted decoding is over."""
+        self.record_past = self.record_past and not prompt and (assisted or not self.assisted)
+        if not self.record_past:
+            self.undo = []
 
     def crop(self, tokens_to_remove: int) -> None:
         remove = -int(tokens_to_remove)  # some versions pass a 0-d tensor
@@ -144,8 +151,8 @@ class LayerKV(CacheLayerMixin):
         qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
         self._expect(new)
         soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
+        self.keep_recording(mask.prompt, mask.assisted)
         prompt = self.prompt_part(T, mask.prompt)
-        self.record_past = self.record_past and not mask.prompt  # plain decoding goes on with the cache
         if self.record_past:
             return self._recorded(qs, new, sink, prompt, soft)
         if prompt == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class Chunk:
     def keep(self) -> Tensor:
         x = next(iter(self.data.values()))
         return x.new_ones(x.shape[:3], dtype=torch.bool) if self.valid is None else self.valid
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device is sent what it may need next."""
+    return torch.cuda.Stream(device)
 
 
 class HostLog(Host):
@@ -119,7 +126,8 @@ class HostLog(Host):
         taken = Ragged(out, index >= 0, own=True)
         if not pin:
             return taken, Arrival()
-        stream, event = torch.cuda.Stream(self.device), torch.cuda.Event()
+        # one stream for all: memory that one stream freed is not given to another
+        stream, event = _copies(self.device), torch.cuda.Event()
         with torch.cuda.stream(stream):
             taken.data = {n: self._to_device(x) for n, x in taken.data.items()}
             taken.lens = self._to_device(taken.lens)

@@ -24,6 +24,7 @@ from calidrop import attention as oracle
 from calidrop.rope import Rope
 
 ATTENTION = "calidrop"
+ASSISTED = "_assisted_decoding"  # the method of transformers that proposes, verifies and crops
 _TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
@@ -64,7 +65,7 @@ class PositionMask:
     pads: bool [B, columns], True for real tokens; None: all real. new_pads: whether any of the new columns is a pad.
     visible: None for the plain causal rule. first: the column of the first key, in a cache that forgets its oldest.
     prompt: whether the new columns belong to a prompt though there may be only one. ends: whether they end it; None
-    where that is not known."""
+    where that is not known. assisted: whether assisted decoding runs."""
 
     def __init__(
         self,
@@ -74,14 +75,15 @@ class PositionMask:
         first: int = 0,
         prompt: bool = False,
         ends: bool | None = None,
+        assisted: bool = False,
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
-        self.prompt, self.ends = prompt, ends
+        self.prompt, self.ends, self.assisted = prompt, ends, assisted
 
     def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
         """accelerate moves the inputs of every layer to its device."""
         pads = None if self.pads is None else self.pads.to(device, non_blocking=non_blocking)
-        return PositionMask(pads, self.new_pads, self.visible, self.first, self.prompt, self.ends)
+        return PositionMask(pads, self.new_pads, self.visible, self.first, self.prompt, self.ends, self.assisted)
 
     def positions(self, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
         """int32 [B,T]: columns of the new tokens, -1 for pads."""
@@ -151,7 +153,10 @@ def mask(
         pads = None
     new_pads = pads is not None and not bool(pads[:, start : start + q_length].all())
     visible = None if mask_function is causal_mask_function else _from_function(mask_function)
-    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(sys._getframe(1)))
+    caller = sys._getframe(1)
+    return PositionMask(
+        pads, new_pads, visible, int(kv_offset), *prefill(caller), called_from(caller, ASSISTED) is not None
+    )
 
 
 def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:
@@ -160,15 +165,22 @@ def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:
     Nothing that reaches a cache says so, but compression must wait for the whole prompt: `prefill_chunk_size` feeds it
     in several passes, the last of which may be a single token. Where `generate` is written differently than here, the
     answer is (False, None), and a prompt is compressed when the next token comes."""
+    names = called_from(frame, "_prefill")
+    if names is None:
+        return False, None
+    if getattr(names.get("generation_config"), "prefill_chunk_size", 0) is None:
+        return True, True
+    chunks, at = names.get("input_chunks"), names.get("chunk_idx")
+    return True, None if chunks is None or at is None else at == len(chunks) - 1
+
+
+def called_from(frame: FrameType | None, name: str) -> dict[str, Any] | None:
+    """The local variables of the nearest caller of that name in transformers' generation; None if there is none."""
     while frame is not None:
-        if frame.f_code.co_name == "_prefill":
-            names = frame.f_locals
-            if getattr(names.get("generation_config"), "prefill_chunk_size", 0) is None:
-                return True, True
-            chunks, at = names.get("input_chunks"), names.get("chunk_idx")
-            return True, None if chunks is None or at is None else at == len(chunks) - 1
+        if frame.f_code.co_name == name and frame.f_globals.get("__name__", "").startswith("transformers.generation"):
+            return frame.f_locals
         frame = frame.f_back
-    return False, None
+    return None
 
 
 def attend(

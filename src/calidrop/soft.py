@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calidrop.layer import LayerKV
-from calidrop.plugin import CACHE, prefill
+from calidrop.plugin import ASSISTED, CACHE, called_from, prefill
 
 
 def install(model: Any, soft: Tensor) -> None:
@@ -55,7 +55,10 @@ def _append(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     given: Any = ids if embeds is None else embeds
     B, T = given.shape[:2]
     furthest = max(layers, key=lambda layer: layer.state.seen)
-    prompt, ends = prefill(sys._getframe(1))
+    caller = sys._getframe(1)
+    prompt, ends = prefill(caller)
+    for layer in layers:
+        layer.keep_recording(prompt, called_from(caller, ASSISTED) is not None)
     end = 0 if ends is False else furthest.prompt_part(T, prompt)  # of the new columns; proposals may follow
     if end and mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise ValueError(f"soft tokens need a padding mask [rows, columns], got {_kind(mask)}")

@@ -188,6 +188,8 @@ class Split(Store):
         t = Tokens.cat([*self.kept.open(), t])
         if not t.dense:  # a score may look at neighbours, so no empty slot may lie between two tokens
             t = t.select(t.valid)
+        if not len(t):  # only pads are older than the recent tokens
+            return
         keep = self.budget(self.score(t, obs), t.pos, obs.length if self.growing else obs.context)
         self.kept.add(t.select(keep), obs)
         evicted = t.select(~keep)

@@ -125,11 +125,11 @@ def attention_predictor(
     said += ["--block", str(block), "--history", str(history), "--power", str(power), "--decay", str(decay)]
     sizes = {"steps": steps, "block": block, "history": history, "power": power, "decay": decay}
     options = {**sizes, "name": name, "command": shlex.join(said)}
+    ids = cut(tokenizer, words, windows, length)
+    others = None if held_out is None else cut(tokenizer, held_out, 4, length)  # too short a text must not wait
     with bars("training", remaining=True) as tick:
-        made, meta = train(lm, cut(tokenizer, words, windows, length), out, progress=tick, **options)
-        found = None
-        if held_out is not None:
-            found = recall(lm, cut(tokenizer, held_out, 4, length), made, meta, progress=tick)
+        made, meta = train(lm, ids, out, progress=tick, **options)
+        found = None if others is None else recall(lm, others, made, meta, progress=tick)
     stdout().print(f"{out}: {sum(x.numel() for x in made.weights.values())} parameters", highlight=False)
     if found is not None:
         stdout().print(shown(found), highlight=False)
@@ -164,12 +164,16 @@ def g_kv(
     need("trl", "peft", extra="train")
     name = model or "smollm2"
     out = out or Path(f"g-kv-{Path(name).name}-{how.value}")
-    check_writable(out)
-    lm, tokenizer = load_model(model, threads)
+    if out.exists():
+        raise ValueError(f"{out} exists: delete it or choose another output")
     from datasets import disable_progress_bars
 
     from calidrop.train import _gsm8k
+    from calidrop.train._sparse import check_sparse
 
+    rows = _gsm8k.rows(data)
+    check_sparse(recipe)
+    lm, tokenizer = load_model(model, threads)
     disable_progress_bars()
     given: dict[str, Any] = {"held_out": held_out, "rank": rank, "seed": seed}
     given |= {n: x for n, x in (("steps", steps), ("rate", rate)) if x is not None}
@@ -182,7 +186,7 @@ def g_kv(
     else:
         from calidrop.train.reinforce import train
     with bars("training", remaining=True) as tick:
-        told = train(lm, tokenizer, _gsm8k.rows(data), out, recipe, name=name, command=shlex.join(said),
+        told = train(lm, tokenizer, rows, out, recipe, name=name, command=shlex.join(said),
                      progress=tick, **given)  # fmt: skip
     pairs = (f"{n} {told['before'][n]:.4f} -> {x:.4f}" for n, x in told["after"].items() if x != told["before"][n])
     stdout().print(f"{out}: on {held_out} held-out rows, {', '.join(pairs)}", highlight=False)

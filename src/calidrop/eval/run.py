@@ -58,6 +58,8 @@ class Ask:
             check_int("length", length, 1)
         check_int("samples", self.samples, 1)
         check_int("together", self.together, 1)
+        for name in ("models", "files", "lengths", "questions"):  # once each
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         wanted = [r if is_peer(r) else str(parse(r)) for r in self.recipes]
         object.__setattr__(self, "recipes", tuple(dict.fromkeys([FULL, *wanted])))
         object.__setattr__(self, "tasks", tuple(named(self.tasks)))

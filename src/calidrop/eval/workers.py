@@ -20,11 +20,23 @@ STRIKES = 2  # a job that was running when a worker died so many times is to bla
 
 @dataclass(frozen=True)
 class How:
-    """device, dtype: as `calidrop.load` takes them. threads: of torch, per worker."""
+    """device, dtype: as `calidrop.load` takes them. threads: of torch, per worker. Raises ValueError for what torch
+    does not know."""
 
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        import torch
+
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be one of torch's, like bfloat16, got {self.dtype!r}")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+                raise ValueError(f"device {self.device!r}: {str(error).splitlines()[0]}") from None
 
 
 @lru_cache(1)
@@ -71,8 +83,8 @@ def processes(n: int, how: How) -> Workers:
                 try:
                     while waiting or running:
                         while waiting and len(running) < n:  # no more, so that those running are the suspects
-                            job = waiting.pop(0)
-                            running[pool.submit(work, job, how)] = job
+                            running[pool.submit(work, waiting[0], how)] = waiting[0]
+                            waiting.pop(0)  # only now: submitting fails where a worker has just died
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             rows = done.result()
                             running.pop(done)

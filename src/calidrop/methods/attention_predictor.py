@@ -69,6 +69,7 @@ class Predicted(Store):
             self.log.append(data, full)
             if self.ids is not None and not prompt:  # what the window gave up is attended until the next prediction
                 ids = (before[:, None, None] + torch.arange(new, device=full.device)).masked_fill(~full, -1)
+                self._arrived()
                 held = self.held.append(data, full) if self.held else Ragged(data, full)
                 self._hold(torch.cat([self.ids, ids], 2), held)
         if prompt:
@@ -136,10 +137,19 @@ class Predicted(Store):
         self.ids = self.held = None
         return [*parts, self._ask_all(qs)]
 
+    def _arrived(self) -> None:
+        """Before what was fetched is read: a copy may be under way."""
+        if self.held is not None:
+            self.arrival.wait(self.held)
+
+    def take_rows(self, rows: Tensor) -> None:
+        self._arrived()
+        super().take_rows(rows)
+
     def _fetched(self) -> list[Store]:
         if self.held is None:
             return []
-        self.arrival.wait(self.held)
+        self._arrived()
         return [self.codec.reader(self.held.opened())]
 
     def _ask_all(self, qs: Queries) -> Partial:

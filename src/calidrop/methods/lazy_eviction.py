@@ -19,11 +19,13 @@ class Recurrence(Score):
 
     def stats(self, t: Tokens, step: Observation) -> dict[str, Tensor]:
         silent, longest = (t.stats[n] if n in t.stats else torch.zeros_like(t.pos) for n in ("silent", "longest"))
-        if not step.prompt:
-            active = step.weights(t, "max")[:, :, 0] >= self.alpha
-            silent = silent + 1
+        for i in range(0 if step.prompt else len(step.queries)):  # more than one where a generation is replayed
+            one = step.slice(i, i + 1)
+            here = t.pos <= one.queries.pos[:, None]
+            active = (one.weights(t, "max")[:, :, 0] >= self.alpha) & here
+            silent = silent + here
             if not self.birth:  # the token of this step: attended to by itself, which is no recurrence
-                silent = silent.masked_fill(t.pos == step.queries.pos[:, None], 0)
+                silent = silent.masked_fill(t.pos == one.queries.pos[:, None], 0)
             longest = torch.where(active, torch.maximum(longest, silent), longest)
             silent = silent.masked_fill(active, 0)
         return {"silent": silent, "longest": longest}

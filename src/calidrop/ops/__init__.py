@@ -171,7 +171,10 @@ def mass_in_torch(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
         part, norm = qs.slice(start, start + block), lse[:, :, start : start + block]
         n = len(t)
         if W > 1:  # what the whole block is too early to see, where tokens are in the order of their positions
-            n = int((t.pos <= part.pos.max()).nonzero()[:, 2].max()) + 1
+            seen = (t.pos <= part.pos.max()).any(0).any(0).nonzero()
+            if not len(seen):  # a block of pads
+                continue
+            n = int(seen[-1]) + 1
         s = logits(part, t.k[:, :, :n], t.pos[:, :, :n])  # [B,H,G,W,n]
         total[:, :, :n] += torch.exp(s - finite(norm).view(*s.shape[:4], 1)).mean(2).sum(2)
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from importlib import resources
@@ -24,6 +25,17 @@ def rows(file: Path | None) -> list[Row]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{source}, line {i + 1}: expected an object with question and answer") from None
     return made
+
+
+def digest(data: list[Row]) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+
+
+def check_answers(data: list[Row]) -> None:
+    """Raises ValueError for an answer that no reward can be checked by."""
+    for i, row in enumerate(data):
+        if not numbers(row["answer"]):
+            raise ValueError(f"row {i + 1}: an answer must hold a number, got {row['answer'][:60]!r}")
 
 
 def asked(row: Row) -> list[dict[str, str]]:

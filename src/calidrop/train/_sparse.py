@@ -60,7 +60,7 @@ class Trace(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for kv, noted in zip(self.layers, self.noted, strict=True):
-            if kv.state.steps == 0 or (kv.plan.every and kv.state.steps % kv.plan.every == 0):
+            if kv.state.age == 0:  # compressed, or about to be: nothing was generated since
                 noted.append(held(kv))
         return scores
 

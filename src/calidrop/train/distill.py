@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import pad
 
 from calidrop.parts import check_int, check_number
-from calidrop.train._gsm8k import Row, answered, asked
+from calidrop.train._gsm8k import Row, answered, asked, digest
 from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, check_sparse, under
 
@@ -34,6 +34,8 @@ def collate(pad_id: int, features: list[Batch]) -> Batch:
     """Pads, prompt, answer, pads: the prompt ends in the same column of every row. labels are -100 in the prompt."""
     ids = [torch.tensor(f["input_ids"]) for f in features]
     ends = [int((torch.tensor(f["labels"]) != -100).int().argmax()) for f in features]
+    if not all(ends):  # no label at all, or none in front of the answer
+        raise ValueError("a row's prompt leaves no room for an answer: shorten it")
     prompts = pad([x[:n] for x, n in zip(ids, ends, strict=True)], -1, "left")
     answers = pad([x[n:] for x, n in zip(ids, ends, strict=True)], -1, "right")
     both = torch.cat([prompts, answers], 1)
@@ -126,8 +128,16 @@ def train(
     check_number("rate", rate, 0.0)
     check_number("temperature", temperature, 1e-3)
     rows, held = split(data, held_out)
-    settings = {"method": "distill", "name": name, "recipe": str(check_sparse(recipe)), "rows": len(data)}
-    settings |= {"held_out": held_out, "steps": steps, "batch": batch, "rate": rate, "temperature": temperature}
+    settings = {"method": "distill", "name": name, "recipe": str(check_sparse(recipe))}
+    settings |= {
+        "rows": len(data),
+        "data": digest(data),
+        "held_out": held_out,
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "temperature": temperature,
+    }
     settings |= {"rank": rank, "length": length, "seed": seed}
     job = Job(model, out, settings, command)
     sets = [Dataset.from_list([{"prompt": asked(row), "completion": answered(row)} for row in part])

@@ -23,7 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from calidrop.cache import KVCache
 from calidrop.parts import check_int, check_number
 from calidrop.plugin import using
-from calidrop.train._gsm8k import Row, asked, reward, score
+from calidrop.train._gsm8k import Row, asked, check_answers, digest, reward, score
 from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, Trace, check_sparse, under
 
@@ -110,9 +110,18 @@ def train(
     check_int("samples", samples, 2)
     check_number("rate", rate, 0.0)
     check_number("temperature", temperature, 1e-3)
+    check_answers(data)
     rows, held = split(data, held_out)
-    settings = {"method": "rl", "name": name, "recipe": str(check_sparse(recipe)), "rows": len(data)}
-    settings |= {"held_out": held_out, "steps": steps, "prompts": prompts, "samples": samples, "new": new}
+    settings = {"method": "rl", "name": name, "recipe": str(check_sparse(recipe))}
+    settings |= {
+        "rows": len(data),
+        "data": digest(data),
+        "held_out": held_out,
+        "steps": steps,
+        "prompts": prompts,
+        "samples": samples,
+        "new": new,
+    }
     settings |= {"rate": rate, "temperature": temperature, "rank": rank, "seed": seed}
     job = Job(model, out, settings, command)
     cpu = model.device.type == "cpu"

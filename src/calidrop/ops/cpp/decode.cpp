@@ -70,13 +70,17 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
         if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
     for (int t = n; t < BLOCK; ++t) x[t] = NONE;
     V top = load<V>(x);
+    Lanes<16>::I odd = top != top;
     for (int t = 16; t < BLOCK; t += 16) {
       V y = load<V>(x + t);
+      odd |= y != y;
       top = y > top ? y : top;
     }
     float m = a.m[r];
     a.shrink[r] = 1.0f;
     for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
+    for (int i = 0; i < 16; ++i)
+      if (odd[i]) a.l[r] = NAN, m = std::max(m, 0.0f);  // what is no number stays none, to the end
     if (m == NONE) {  // nothing visible so far
       std::memset(x, 0, sizeof(float) * BLOCK);
       continue;
@@ -434,8 +438,9 @@ extern "C" void calidrop_decode(const float* q, float* out, float* lse, int64_t 
     }
     for (int r = 0; r < R; ++r) {
       const float l = a.l[r];
-      lse[bh * R + r] = l > 0.0f ? a.m[r] + std::log(l) : NONE;
-      for (int d = 0; d < Dv; ++d) out[(bh * R + r) * Dv + d] = l > 0.0f ? a.o[static_cast<size_t>(r) * Dv + d] / l : 0.0f;
+      const bool empty = l == 0.0f;
+      lse[bh * R + r] = empty ? NONE : a.m[r] + std::log(l);
+      for (int d = 0; d < Dv; ++d) out[(bh * R + r) * Dv + d] = empty ? 0.0f : a.o[static_cast<size_t>(r) * Dv + d] / l;
     }
   }
 }

@@ -31,12 +31,13 @@ struct Fixed {
       total += y * 0.0f;  // NaN where any is not finite
     }
     const float largest = _mm512_reduce_max_ps((__m512)most), bad = sum(total);
-    const float inverse = largest > 0.0f && bad == 0.0f ? 32512.0f / largest : 0.0f;
-    step[r] = largest / 32512.0f + bad;
+    // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
+    const float inverse = largest > 1e-30f && bad == 0.0f ? 32512.0f / largest : 0.0f;
+    step[r] = inverse == 0.0f ? bad : largest / 32512.0f;
     int8_t *h = high.data() + static_cast<size_t>(r) * words * 4, *l = low.data() + static_cast<size_t>(r) * words * 4;
     V rest = {};
     for (int i = 0; i < 4 * words; i += 16) {
-      const V y = i < n && inverse != 0.0f ? head(x + i, n - i) * inverse : V{};
+      const V y = i < n && inverse != 0.0f ? head(x + i, n - i) * inverse : V{};  // all 0 where any is not finite
       const __m512i w = _mm512_cvtps_epi32((__m512)y);
       const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(128)), 8);
       const __m128i a = _mm512_cvtepi32_epi8(top), b = _mm512_cvtepi32_epi8(_mm512_sub_epi32(w, _mm512_slli_epi32(top, 8)));
