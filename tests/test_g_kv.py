@@ -1,10 +1,13 @@
 """G-KV and R-KV: what they keep, by hand and against a definition in numpy, and the invariants of their scores."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import calidrop
+from calidrop.compare import compare
 from calidrop.methods._redundancy import redundancy
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
@@ -270,3 +273,13 @@ def test_whole_budget_gives_the_logits_of_the_full_cache(name):
 def test_wrong_use_is_refused(recipe, reason):
     with pytest.raises(ValueError, match=reason):
         parse(recipe)
+
+
+@pytest.mark.slow
+def test_on_prose_attention_is_worth_more_than_recency(smollm2):
+    """And the bytes are freed."""
+    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    recipes = ["g_kv(budget=96, every=32, mix=1)", "streaming_llm(budget=96, every=32)"]
+    ours, recent = compare(*smollm2, text, recipes, context=256, continuation=128)[-2:]
+    assert ours.kl < 0.8 * recent.kl, (ours.kl, recent.kl)
+    assert ours.device_bytes < 0.4 * ours.full_bytes
