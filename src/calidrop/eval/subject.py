@@ -143,4 +143,4 @@ def _sdpa(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(ATTENTION if before == ATTENTION else before)
+        model.set_attn_implementation(before)
