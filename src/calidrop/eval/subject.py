@@ -16,7 +16,7 @@ from calidrop import tee
 from calidrop.cache import KVCache
 from calidrop.compare import now
 from calidrop.eval.peers import PEERS, is_peer
-from calidrop.plugin import ATTENTION, using
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
 
