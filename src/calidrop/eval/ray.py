@@ -3,6 +3,7 @@ one that is lost and gives its job out again. calidrop must be installed on the 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import socket
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpu
     as there is room for. cpus, gpus: what each takes, a fraction of a GPU if several are to share one. Raises
     ValueError where Ray is missing or not reachable, or has no room for a worker."""
     try:
-        import ray  # pyright: ignore[reportMissingImports]
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'calidrop[ray]'") from None
     _reach(address)
