@@ -227,7 +227,7 @@ def test_command(tmp_path, monkeypatch):
     told = CliRunner().invoke(app, said, catch_exceptions=False).output
     assert "on 2 held-out rows, kl " in " ".join(told.split())  # lines are folded at the terminal's width
     assert shlex.split(json.loads((out / ABOUT).read_text())["command"]) == ["calidrop", *said]
-    assert "cannot write" in CliRunner().invoke(app, said).output
+    assert "exists: delete it or choose another" in CliRunner().invoke(app, said).output
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "this needs trl and peft: pip install 'calidrop[train]'" in CliRunner().invoke(app, said).output
 

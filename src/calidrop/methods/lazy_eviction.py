@@ -21,7 +21,8 @@ class Recurrence(Score):
         silent, longest = (t.stats[n] if n in t.stats else torch.zeros_like(t.pos) for n in ("silent", "longest"))
         for i in range(0 if step.prompt else len(step.queries)):  # more than one where a generation is replayed
             one = step.slice(i, i + 1)
-            here = t.pos <= one.queries.pos[:, None]
+            at = one.queries.pos[:, None]
+            here = (t.pos <= at) | (at < 0)  # a generated pad takes its time too
             active = (one.weights(t, "max")[:, :, 0] >= self.alpha) & here
             silent = silent + here
             if not self.birth:  # the token of this step: attended to by itself, which is no recurrence
