@@ -69,7 +69,7 @@ def test_processes(ask, expected, tmp_path):
 
 def test_a_job_that_kills_its_process_is_given_up(ask, tmp_path, monkeypatch):
     """Each time it is tried, its process dies: an error, not a hang."""
-    workers = processes(1, How(device="cpu", dtype="kill"))
+    workers = processes(1, HOW)
     monkeypatch.setattr("calidrop.eval.workers.work", die)
     one = dataclasses.replace(ask, samples=1, questions=("seen",))
     table = run(one, HOW, tmp_path / "run", workers, "dies")
