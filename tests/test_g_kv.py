@@ -1,7 +1,5 @@
 """G-KV and R-KV: what they keep, by hand and against a definition in numpy, and the invariants of their scores."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from calidrop.methods._redundancy import redundancy
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
 from calidrop.tokens import Tokens
-from helpers import feed, layer_of, live, positions, random_qkv, run
+from helpers import ALICE, feed, layer_of, live, positions, random_qkv, run
 from tiny import batch, generate, tiny, worst
 
 METHODS = ("g_kv", "r_kv")
@@ -278,7 +276,7 @@ def test_wrong_use_is_refused(recipe, reason):
 @pytest.mark.slow
 def test_on_prose_attention_is_worth_more_than_recency(smollm2):
     """And the bytes are freed."""
-    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    text = ALICE.read_text()
     recipes = ["g_kv(budget=96, every=32, mix=1)", "streaming_llm(budget=96, every=32)"]
     ours, recent = compare(*smollm2, text, recipes, context=256, continuation=128)[-2:]
     assert ours.kl < 0.8 * recent.kl, (ours.kl, recent.kl)
