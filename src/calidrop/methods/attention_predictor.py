@@ -225,7 +225,8 @@ def attention_predictor(
     """AttentionPredictor (Yang et al., arXiv 2502.04077, sec. 4): everything stays, on the host, and a small network
     says which blocks the next query will attend to; only those are brought to the device.
 
-    budget: the most tokens a query attends to, per kv head. sinks: first tokens, always on the device, a multiple of
+    budget: the most tokens a query attends to, per kv head; sinks, recent tokens and what waits to fill a block are
+    attended to even where they are more. sinks: first tokens, always on the device, a multiple of
     block. recent: the least number of last tokens that are. block: tokens pooled into one number (their largest
     weight); counted from each row's first real token. history: rows of these numbers that the network sees. dense:
     every so many generated tokens the host is asked for everything (exact), which keeps the history true. skip: so many
