@@ -119,9 +119,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     layer = Layer(0, 1, args.query_heads, args.kv_heads, args.head_dim, None, HeadGroup())
-    print(
-        f"{ops.backend(torch.device('cpu'))}; torch {torch.__version__}, {args.threads} threads, {platform.processor()}"
-    )
+    print(f"{ops.backend(torch.device('cpu'))}; torch {torch.__version__}, {args.threads} threads")
     rows: list[dict] = []
     for n in map(int, args.lengths.split(",")):
         found = cases(layer, n)
