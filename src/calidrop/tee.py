@@ -32,7 +32,7 @@ class Prefilled:
     seconds: list[float]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: Any, caches: Sequence[KVCache], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Prefilled:
