@@ -138,8 +138,9 @@ def state(cache: KVCache) -> list:
     return [layer.state for layer in cache.layers]
 
 
+# VmHWM and not ru_maxrss, which a process inherits from the one that started it
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 torch.set_num_threads(2); torch.set_grad_enabled(False)
 import calidrop
 from calidrop.plugin import using
@@ -147,16 +148,18 @@ model, tokenizer = calidrop.load()
 ids = tokenizer(open(sys.argv[1]).read(), return_tensors="pt").input_ids[:, :8000]
 cache = calidrop.KVCache(model, "snapkv(budget=512)", eager=True)
 model(ids, **using(cache), logits_to_keep=1)
-print(ids.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, cache.nbytes)
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+print(ids.shape[1], peak / 2**20, cache.nbytes)
 """
 
 
-def test_prefill_of_8k_peaks_under_two_and_a_half_gib():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_prefill_of_8k_peaks_under_two_gib():
     out = subprocess.run([sys.executable, "-c", PEAK, str(ALICE)], capture_output=True, text=True, check=True).stdout
     n, peak, _ = out.split()
     print(f"{n} tokens, peak {peak} GiB")
     assert int(n) == 8000
-    assert float(peak) < 2.5
+    assert float(peak) < 2.0  # 1.3 here; plain attention that makes a matrix of scores would take 2.3 for that alone
 
 
 def test_what_each_format_is_for(smollm2):
