@@ -12,4 +12,4 @@ def make(kit: Kit, length: int, index: int) -> Sample:
     draw = kit.draw("fidelity", length, index)
     whole = kit.book.passage(length + TOKENS, draw)
     at = offsets(kit.tokenizer, whole)[-TOKENS]
-    return Sample("fidelity", "fidelity", "agreement", whole[:at], "", "", (), whole[at:], 16, length, index)
+    return Sample("fidelity", "fidelity", "agreement", whole[:at], "", "", (), whole[at:], 8, length, index)

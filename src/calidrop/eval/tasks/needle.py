@@ -18,4 +18,4 @@ def make(kit: Kit, length: int, index: int) -> Sample:
     needle = f" The magic number is {answer}. "
     hay = kit.hay.passage(kit.room("needle", length, needle, QUESTION, PREFIX), draw)
     return Sample("needle", "needle", "string_match_all", hide(hay, [needle], [depth]), QUESTION, PREFIX, (answer,),
-                  gold_of((answer,), PREFIX), 16, length, index, depth)  # fmt: skip
+                  gold_of((answer,), PREFIX), 8, length, index, depth)  # fmt: skip
