@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.abreast import Abreast
 from calidrop import KVCache
+from calidrop.abreast import Abreast
 from calidrop.parts import Part
 from calidrop.plugin import using
 from calidrop.recipe import Recipe

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from calidrop.cache import KVCache
 from calidrop.cli import app
-from calidrop.eval import cell
+from calidrop.eval import cell, subject
 from calidrop.eval.cell import Job, measure
 from calidrop.eval.encode import encode
 from calidrop.eval.folder import Folder, lines
@@ -53,8 +53,8 @@ def sample(**changes):
     return Sample(**{**told, **changes})
 
 
-def job(s, recipes, question="seen", together=8):
-    return Job("bytes", s, question, {r: f"key of {r}" for r in recipes}, together)
+def job(s, recipes, question="seen", together=8, timed=True):
+    return Job("bytes", s, question, {r: f"key of {r}" for r in recipes}, together, timed)
 
 
 def by_recipe(rows):
@@ -78,12 +78,14 @@ def by_hand(model, recipe, prompt, later, gold, new):
     return out[0], out[1].argmax(-1).tolist(), cache
 
 
+@pytest.mark.parametrize("timed", [True, False])
 @pytest.mark.parametrize("question", ["seen", "later"])
-def test_row_by_hand(lm, question):
+def test_row_by_hand(lm, question, timed):
+    """Each for itself, and all in one batch."""
     model, tokenizer = lm
     recipes = ["full", SNAP, f"{SNAP[:-1]}, every=4)+calidrop(summary=4)", "kivi(bits=2, group=16, residual=16)"]
     prompt, later, gold = map(torch.tensor, encode(tokenizer, sample(), question))
-    rows = by_recipe(measure(model, tokenizer, job(sample(), recipes, question)))
+    rows = by_recipe(measure(model, tokenizer, job(sample(), recipes, question, timed=timed)))
     full, _, _ = by_hand(model, "full", prompt, later, gold, 6)
     for recipe in recipes:
         logits, tokens, cache = by_hand(model, recipe, prompt, later, gold, 6)
@@ -97,10 +99,28 @@ def test_row_by_hand(lm, question):
         held = (cache.nbytes, cache.host_nbytes, cache.full_nbytes, cache.recompute_rate)
         assert (row.device_bytes, row.host_bytes, row.full_bytes, row.recompute_rate) == held
         assert row.prefill_s > 0
-        assert row.decode_ms_per_token > 0
+        assert (row.decode_ms_per_token is not None) == timed
     assert rows["full"].kl < 1e-9
     assert rows[SNAP].kl > 1e-3
     assert rows["full"].agreement == 1.0
+
+
+def test_one_that_fails_in_a_batch_fails_alone(lm, monkeypatch):
+    model, tokenizer = lm
+    real, sizes = subject.Ours.measured, []
+
+    def measured(self):
+        sizes.append(str(self.cache.recipe))
+        if "int8" in str(self.cache.recipe):
+            raise RuntimeError("broken")
+        return real(self)
+
+    monkeypatch.setattr(subject.Ours, "measured", measured)
+    rows = by_recipe(measure(model, tokenizer, job(sample(), ["full", "int8", SNAP], timed=False)))
+    assert {name: row.error for name, row in rows.items()} == {
+        "full": None, "int8": "RuntimeError: broken", SNAP: None,
+    }  # fmt: skip
+    assert sizes == ["full", "int8", "full", "int8", SNAP]
 
 
 def test_questions_differ(lm):
@@ -127,11 +147,12 @@ def test_peers(lm):
     assert model.config._attn_implementation == "calidrop"
 
 
-def test_own_answer_is_gold(lm):
+@pytest.mark.parametrize("timed", [True, False])
+def test_own_answer_is_gold(lm, timed):
     """Without a gold answer, the one of the uncompressed cache is."""
     model, tokenizer = lm
     s = sample(task="generation", metric="same_start", question="", prefix="", answers=(), gold="", max_new_tokens=40)
-    rows = by_recipe(measure(model, tokenizer, job(s, ["full", SNAP], None)))
+    rows = by_recipe(measure(model, tokenizer, job(s, ["full", SNAP], None, timed=timed)))
     assert (rows["full"].score, rows["full"].kl) == (1.0, pytest.approx(0.0, abs=1e-9))
     assert rows[SNAP].gold == rows["full"].gold == rows["full"].prediction
     same = [a == b for a, b in zip(rows[SNAP].prediction, rows[SNAP].gold, strict=False)]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import lockstep
-from benchmarks.abreast import Abreast
 from benchmarks.snapkv_once import snapkv_once
 
 from calidrop import KVCache
+from calidrop.abreast import Abreast
 from calidrop.plugin import using
 from helpers import feed, layer_of, positions, random_qkv
 from tiny import batch, generate, tiny, worst

@@ -84,6 +84,7 @@ def evaluate(
     together: Annotated[
         int, typer.Option(min=1, help="Recipes whose caches share a prefill, and are held at once.")
     ] = 8,
+    timed: Annotated[int, typer.Option(min=0, help="First samples whose speed is measured; others go in batches.")] = 3,
     retry: Annotated[int, typer.Option(min=0, help="How often what failed is tried again.")] = 0,
     dump_prompts: Annotated[Path | None, typer.Option(help="Write the samples to this file, and stop.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the tasks, and stop.")] = False,
@@ -110,7 +111,7 @@ def evaluate(
     ask = Ask(
         tuple(model or ["smollm2"]), tuple(recipe or ()) or ("full",), tuple(several(task)), tuple(jsonl or ()),
         tuple(map(_length, several(length) or ["1024"])), samples, tuple(several(question) or ["seen"]), seed, chat,
-        None if text is None else read_text(text), together,
+        None if text is None else read_text(text), together, timed,
     )  # fmt: skip
     if dump_prompts is not None:
         return _dump(ask, dump_prompts, make)

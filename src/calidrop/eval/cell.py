@@ -17,22 +17,25 @@ from calidrop.eval.encode import encode, until
 from calidrop.eval.rows import Row, empty
 from calidrop.eval.sample import Sample
 from calidrop.eval.score import METRICS, score
-from calidrop.eval.subject import Subject, fill, groups
+from calidrop.eval.subject import Band, fill, groups
 from calidrop.eval.versions import versions
 
 FULL = "full"
+HELD = 2**27  # logits of caches that answer side by side, at most
 
 
 @dataclass(frozen=True)
 class Job:
     """keys: those of the rows wanted, by recipe; "full" is run in any case, as the reference. together: how many
-    recipes share one pass over the prompt at most."""
+    recipes share one pass over the prompt at most. timed: whether they answer one by one, which times their steps, and
+    not in one batch."""
 
     model: str
     sample: Sample
     question: str | None
     keys: Mapping[str, str]
     together: int = 8
+    timed: bool = True
 
     def row(self, recipe: str) -> Row:
         return empty(self.sample, self.model, recipe, self.question, self.keys[recipe])
@@ -75,52 +78,76 @@ def measure(model: Any, tokenizer: Any, job: Job) -> Iterator[Row]:
             elif names[0] in job.keys:
                 yield job.failed(names[0], error)
             continue
-        for name in names:
-            subject, start = subjects.pop(0), time.perf_counter()  # popped: its memory is free before the next answers
+        abreast = 1 if job.timed else max(1, HELD // (model.config.get_text_config().vocab_size * max(1, len(gold))))
+        while names:
+            here, names = names[:abreast], names[abreast:]
+            start = time.perf_counter()
             try:
-                if name != FULL and full is None:
+                if here[0] != FULL and full is None:
                     raise RuntimeError("there is nothing to compare with: full failed")
-                run = answer(subject, tokenizer, job.sample, later, gold if full is None else torch.tensor(full.gold))
-                full = run if name == FULL else full
-                if name in job.keys:
-                    assert full is not None
-                    row = fill_in(job.row(name), run, full, tokenizer, job.sample, len(later))
-                    row.seconds = time.perf_counter() - start
-                    yield stamp(row)
+                band = Band(subjects[: len(here)])
+                runs = answer(band, tokenizer, job.sample, later, gold if full is None else torch.tensor(full.gold))
             except Exception as error:
+                if len(here) > 1:  # as above
+                    queue, names = [[name] for name in here] + ([names] if names else []) + queue, []
+                elif here[0] in job.keys:
+                    yield job.failed(here[0], error)
+                continue
+            finally:
+                del subjects[: len(here)]  # their memory is free before the next answer
+            full = runs[0] if here[0] == FULL else full
+            assert full is not None
+            seconds = (time.perf_counter() - start) / len(here)
+            for name, run in zip(here, runs, strict=True):
                 if name in job.keys:
-                    yield job.failed(name, error)
+                    row = fill_in(job.row(name), run, full, tokenizer, job.sample, len(later))
+                    row.seconds = seconds
+                    yield stamp(row)
 
 
 @torch.inference_mode()
-def answer(subject: Subject, tokenizer: Any, sample: Sample, later: Tensor, gold: Tensor) -> Run:
-    """Ask `later` of the filled cache, generate, go back and force the gold answer (if empty: what was generated)."""
-    first = subject.feed(later)[-1] if len(later) else subject.logits
-    saved = subject.saved()
-    tokens, seconds = generate(subject, tokenizer, sample, first)
-    measured = subject.measured() | {
-        "prefill_s": subject.prefill_s,
-        "decode_ms_per_token": 1000 * median(seconds[1:]) if len(seconds) > 1 else None,
-    }
-    subject.restore(saved)
-    gold = gold if len(gold) else torch.tensor(tokens)
-    rest = subject.feed(gold[:-1].to(first.device)) if len(gold) > 1 else first[None, :][:0]
-    return Run(tokens, gold.tolist(), torch.cat([first[None], rest]).float(), measured)
+def answer(band: Band, tokenizer: Any, sample: Sample, later: Tensor, gold: Tensor) -> list[Run]:
+    """Ask `later` of the filled caches, generate, go back and force the gold answer (if empty: what the first
+    generated)."""
+    first = band.feed(later)[:, -1] if len(later) else band.logits
+    saved = band.saved()
+    answers, measured, seconds = generate(band, tokenizer, sample, first)
+    band.restore(saved)
+    gold = gold if len(gold) else torch.tensor(answers[0])
+    rest = band.feed(gold[:-1].to(first.device)) if len(gold) > 1 else first[:, None][:, :0]
+    logits, alone = torch.cat([first[:, None], rest], 1).float(), len(band.subjects) == 1
+    times = {"decode_ms_per_token": 1000 * median(seconds[1:]) if alone and len(seconds) > 1 else None}
+    return [
+        Run(tokens, gold.tolist(), x, held | times | {"prefill_s": subject.prefill_s})
+        for tokens, x, held, subject in zip(answers, logits, measured, band.subjects, strict=True)
+    ]
 
 
-def generate(subject: Subject, tokenizer: Any, sample: Sample, logits: Tensor) -> tuple[list[int], list[float]]:
-    """Greedily: tokens and the seconds of each step. An end token is the last; stop strings end it too."""
-    ends = subject.model.generation_config.eos_token_id
+def generate(
+    band: Band, tokenizer: Any, sample: Sample, logits: Tensor
+) -> tuple[list[list[int]], list[dict[str, Any]], list[float]]:
+    """Greedily, each until an end token, which is its last, or a stop string. -> the tokens, what each cache held then,
+    and the seconds of each step."""
+    ends = band.model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    tokens, seconds = [int(logits.argmax())], []
-    while len(tokens) < sample.max_new_tokens and tokens[-1] not in ends:
-        if sample.stop and any(stop in tokenizer.decode(tokens) for stop in sample.stop):
-            break
+    answers: list[list[int]] = [[token] for token in logits.argmax(-1).tolist()]
+    held: dict[int, dict[str, Any]] = {}
+    seconds = []
+
+    def ended(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens) if sample.stop else ""
+        return len(tokens) >= sample.max_new_tokens or tokens[-1] in ends or any(stop in text for stop in sample.stop)
+
+    while True:
+        held |= {i: band.subjects[i].measured() for i, x in enumerate(answers) if i not in held and ended(x)}
+        if len(held) == len(answers):
+            return answers, [held[i] for i in range(len(answers))], seconds
         start = now(logits)
-        logits = subject.step(tokens[-1])
+        logits = band.step([x[-1] for x in answers])
         seconds.append(now(logits) - start)
-        tokens.append(int(logits.argmax()))
-    return tokens, seconds
+        for i, token in enumerate(logits.argmax(-1).tolist()):
+            if i not in held:
+                answers[i].append(token)
 
 
 def fill_in(row: Row, run: Run, full: Run, tokenizer: Any, sample: Sample, later: int) -> Row:

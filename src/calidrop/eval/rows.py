@@ -24,8 +24,9 @@ class Row:
     the share of them with the same likeliest token. prediction: generated greedily. Bytes: what the cache held at the
     end, on the device and on the host, and what an uncompressed one holds. prefill_s: attending and compressing the
     prompt (a shared pass counts in full for each). decode_ms_per_token: the median step of the generation, the first
-    left out; None for less than two. recompute_rate: how often a head went back to evicted tokens. seconds: all that
-    was spent on the row, without a shared prefill. error: why the row has no results; it is tried again.
+    left out; None for less than two, and where several recipes answered in one batch. recompute_rate: how often a head
+    went back to evicted tokens. seconds: all that was spent on the row (its part of a batch), without a shared prefill.
+    error: why the row has no results; it is tried again.
     """
 
     key: str

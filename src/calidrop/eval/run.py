@@ -30,7 +30,8 @@ Tick = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Ask:
     """What to measure. recipes: canonical, "full" always first. text: instead of the books that come along. chat: put
-    context and question into the model's chat template."""
+    context and question into the model's chat template. timed: the first samples of each task and length, in which each
+    recipe answers alone and its speed is measured; in the others, all that share a prompt answer in one batch."""
 
     models: tuple[str, ...]
     recipes: tuple[str, ...]
@@ -43,6 +44,7 @@ class Ask:
     chat: bool = False
     text: str | None = None
     together: int = 8
+    timed: int = 3
 
     def __post_init__(self) -> None:
         """Raises ValueError for what makes no sense."""
@@ -58,6 +60,7 @@ class Ask:
             check_int("length", length, 1)
         check_int("samples", self.samples, 1)
         check_int("together", self.together, 1)
+        check_int("timed", self.timed, 0)
         for name in ("models", "files", "lengths", "questions"):  # once each
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         wanted = [r if is_peer(r) else str(parse(r)) for r in self.recipes]
@@ -107,7 +110,7 @@ def jobs(ask: Ask, settings: Mapping[str, Any]) -> list[Job]:
         for sample in samples(ask, tokenizer):
             for question in sample.modes(ask.questions):
                 keys = {r: key_of(sample, model, r, question, settings) for r in ask.recipes}
-                out.append(Job(model, sample, question, keys, ask.together))
+                out.append(Job(model, sample, question, keys, ask.together, sample.index < ask.timed))
     return out
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calidrop import tee
+from calidrop.abreast import Abreast
 from calidrop.cache import KVCache
 from calidrop.compare import now
 from calidrop.eval.peers import PEERS, is_peer
@@ -51,7 +52,7 @@ class Subject(ABC):
         """The bytes held, and how often evicted tokens were asked."""
 
     def _forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids[None], **using(self.cache), use_cache=True).logits[0]
+        return forward(self.model, self.cache, ids[None])[0]
 
 
 class Ours(Subject):
@@ -69,13 +70,7 @@ class Ours(Subject):
             layer.state = state.fork()  # writes behind what was saved, over what the last one wrote
 
     def feed(self, ids: Tensor) -> Tensor:
-        """Recorded as in assisted decoding: one pass, yet every token a step of its own."""
-        out = []
-        for block in ids.split(BLOCK):
-            self.cache.activate_past_recording()
-            out.append(self._forward(block))
-            self.cache.deactivate_past_recording()
-        return torch.cat(out)
+        return feed(self.model, self.cache, [self.cache], ids)[0]
 
     def step(self, token: int) -> Tensor:
         return self._forward(torch.tensor([token], device=self.model.device))[-1]
@@ -107,6 +102,54 @@ class Peer(Subject):
     def measured(self) -> dict[str, Any]:
         held = held_bytes([vars(layer) for layer in self.cache.layers])
         return {"device_bytes": held, "host_bytes": 0, "full_bytes": None, "recompute_rate": 0.0}
+
+
+class Band:
+    """Filled caches that answer side by side: several recipes' in the batch of one forward pass, or a single one."""
+
+    def __init__(self, subjects: Sequence[Subject]):
+        self.subjects, self.model = subjects, subjects[0].model
+        self.caches = [s.cache for s in subjects if isinstance(s, Ours)]
+        if len(subjects) > 1 and len(self.caches) < len(subjects):
+            raise ValueError("caches of other libraries answer one by one")
+        self.logits = torch.stack([s.logits for s in subjects])  # [subjects,vocabulary]
+
+    def saved(self) -> Any:
+        return [s.saved() for s in self.subjects]
+
+    def restore(self, saved: Any) -> None:
+        for s, x in zip(self.subjects, saved, strict=True):
+            s.restore(x)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """The same tokens [n] to all. -> [subjects,n,vocabulary]"""
+        if len(self.subjects) == 1:
+            return self.subjects[0].feed(ids)[None]
+        return feed(self.model, Abreast(self.caches), self.caches, ids)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """To each its own token. -> [subjects,vocabulary]"""
+        if len(self.subjects) == 1:
+            return self.subjects[0].step(tokens[0])[None]
+        return forward(self.model, Abreast(self.caches), torch.tensor(tokens, device=self.model.device)[:, None])[:, -1]
+
+
+def feed(model: Any, cache: Cache, caches: Sequence[KVCache], ids: Tensor) -> Tensor:
+    """Recorded as in assisted decoding: one pass, yet every token a step of its own. cache: of all `caches`, a row
+    each. ids: [n] -> [caches,n,vocabulary]"""
+    out = []
+    for block in ids.split(BLOCK):
+        for each in caches:
+            each.activate_past_recording()
+        out.append(forward(model, cache, block.expand(len(caches), -1)))
+        for each in caches:
+            each.deactivate_past_recording()
+    return torch.cat(out, 1)
+
+
+def forward(model: Any, cache: Cache, ids: Tensor) -> Tensor:
+    """[rows,n] -> [rows,n,vocabulary]"""
+    return model(ids, **using(cache), use_cache=True).logits
 
 
 def fill(model: Any, names: Sequence[str], ids: Tensor) -> list[Subject]:

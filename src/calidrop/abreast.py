@@ -39,7 +39,7 @@ class AbreastLayer(CacheLayerMixin):
         handle = Handle(self)
         return handle, handle
 
-    def attend(self, q: Tensor, mask: PositionMask, *others: Any) -> Tensor:
+    def attend(self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor:
         assert self.pending is not None
         own, n = copy.copy(mask), len(self.layers)
         own.pads = None if mask.pads is None else mask.pads[: len(q) // n]  # the same prompts for all
@@ -47,7 +47,7 @@ class AbreastLayer(CacheLayerMixin):
         for i, (layer, *qkv) in enumerate(zip(self.layers, *(x.chunk(n) for x in (q, *self.pending)), strict=True)):
             start = time.thread_time()
             layer.update(qkv[1], qkv[2])
-            out.append(layer.attend(qkv[0], own, *others))
+            out.append(layer.attend(qkv[0], own, scale, softcap, sink))
             self.seconds[i] += time.thread_time() - start
         self.pending = None
         return torch.cat(out)
@@ -72,7 +72,8 @@ class Abreast(Cache):
 
     def seconds(self) -> list[float]:
         """CPU time each cache spent since the last call, all layers."""
-        spent = [sum(x) for x in zip(*(layer.seconds for layer in self.layers), strict=True)]
-        for layer in self.layers:
+        layers: list[AbreastLayer] = self.layers  # type: ignore[assignment]
+        spent = [sum(x, 0.0) for x in zip(*(layer.seconds for layer in layers), strict=True)]
+        for layer in layers:
             layer.seconds = [0.0] * len(spent)
         return spent
