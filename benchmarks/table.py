@@ -76,7 +76,7 @@ def main() -> None:
     with progress() as tick:
         for length in map(int, args.lengths.split(",")):
             for task, n in (("fidelity", args.pages), ("needle", args.needles)):
-                ask = Ask((args.model,), chosen, (task,), lengths=(length,), samples=n, together=32)
+                ask = Ask((args.model,), chosen, (task,), lengths=(length,), samples=n, together=32, timed=2)
                 made = run(ask, how, args.out, workers, command, tick=tick)
     print_table(stdout(), made)
 
