@@ -27,8 +27,9 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 import calidrop
 from calidrop import ops
-from calidrop.plugin import ATTENTION, layer_kinds, using
+from calidrop.plugin import ATTENTION, using
 from calidrop.state import held_bytes
+from calidrop.support import layer_kinds
 from calidrop.tee import prefill
 
 RECIPES = [

@@ -1,6 +1,6 @@
 """Storage formats at the bytes they really take, with transformers' own quantized cache in the same run.
 
-python -m benchmarks.storage [--model FOLDER] [--context 1536] [--texts 3] [--json OUT]
+python -m benchmarks.storage [--model FOLDER] [--context 1536] [--texts 3] [--recipe R ...] [--json OUT]
 
 KL to the full cache on pages of "Alice's Adventures in Wonderland" (no default was chosen on it), mean over texts.
 """
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 import calidrop
 from calidrop.compare import Row, compare
-from calidrop.plugin import layer_kinds
+from calidrop.support import layer_kinds
 
 TEXT = resources.files("calidrop") / "data" / "alice.txt"
 RECIPES = [
@@ -64,6 +64,7 @@ def table(rows: dict[str, list[Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
+    parser.add_argument("--recipe", action="append", help="instead of the usual ones; several times")
     parser.add_argument("--context", type=int, default=1536)
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--texts", type=int, default=3)
@@ -77,10 +78,10 @@ def main() -> None:
     }
     if not any(layer_kinds(model.config)):  # it refuses models with sliding layers
         peers["transformers QuantizedCache fp8"] = lambda: QuantizedCache("fp8", model.config)
-    rows: dict[str, list[Row]] = {}
+    recipes, rows = ["full", *args.recipe] if args.recipe else RECIPES, dict[str, list[Row]]()
     for i in range(args.texts):
         text = TEXT.read_text()[20000 + 45000 * i :]
-        done = compare(model, tokenizer, text, RECIPES, args.context, args.continuation, peers=peers)
+        done = compare(model, tokenizer, text, recipes, args.context, args.continuation, peers=peers)
         for row in done:
             rows.setdefault(row.recipe, []).append(row)
         print(f"\n{i + 1} of {args.texts} texts, context {args.context}\n{table(rows)}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calidrop.cache import layers_of
-from calidrop.plugin import check_model
+from calidrop.support import check_model
 
 ABOUT = "calidrop.json"  # beside adapter_config.json: which model it is for, how it was made, what it measured
 SAMPLE = 8  # key weights kept of each layer

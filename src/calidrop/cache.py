@@ -15,19 +15,11 @@ from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
-from calidrop.plugin import (
-    ASSISTED,
-    ATTENTION,
-    attention_modules,
-    called_from,
-    check_model,
-    key_sample,
-    layer_kinds,
-    rope_of,
-)
+from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
+from calidrop.support import attention_modules, check_model, key_sample, layer_kinds, rope_of
 
 
 class KVCache(Cache):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
-from calidrop.plugin import layer_kinds
+from calidrop.support import layer_kinds
 
 PEERS: dict[str, Callable[[Any], Cache]] = {
     "transformers:DynamicCache": lambda model: DynamicCache(config=model.config),

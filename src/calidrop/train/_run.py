@@ -13,8 +13,9 @@ from transformers import DynamicCache
 from calidrop.cache import layers_of
 from calidrop.methods._artefact import facts, key_samples
 from calidrop.methods._latents import Basis
-from calidrop.plugin import attention_modules, check_model, using
+from calidrop.plugin import using
 from calidrop.rope import Rope
+from calidrop.support import attention_modules, check_model
 
 Call = dict[str, Any]
 """The arguments of a layer but its hidden states."""

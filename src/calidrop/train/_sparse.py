@@ -23,8 +23,9 @@ from calidrop import attention as oracle
 from calidrop.cache import KVCache, layers_of
 from calidrop.layer import LayerKV
 from calidrop.parts import Evictor, Layer, Plan
-from calidrop.plugin import ATTENTION, Handle, PositionMask, check_model, using
+from calidrop.plugin import ATTENTION, Handle, PositionMask, using
 from calidrop.recipe import Recipe, parse
+from calidrop.support import check_model
 
 
 def check_sparse(recipe: Any) -> Recipe:
