@@ -1,6 +1,7 @@
 """Decoding end to end: time per step and bytes held, beside transformers' own caches in the same run.
 
 python -m benchmarks.decode [--contexts 2048,4096,8192] [--batches 1,4] [--recipe R ...] [--json OUT] [--plot PNG]
+                            [--kvpress PYTHON]
 
 A page of The Time Machine is run once per context and fills every cache; more rows are copies of the first. Then all
 caches take a few steps in turn, in rounds, so that other work on the machine slows all alike. "times" is the step of
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -27,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 import calidrop
 from calidrop import ops
+from calidrop.models import embedded
 from calidrop.plugin import ATTENTION, using
 from calidrop.state import held_bytes
 from calidrop.support import layer_kinds
@@ -43,7 +47,8 @@ RECIPES = [
     "kivi(bits=4)",
     "snapkv(budget=512)+int4",
 ]
-FULL, SHORT, FP8 = "DynamicCache", "DynamicCache of 512 tokens", "QuantizedCache fp8"
+KEPT = 512  # tokens, by everything that evicts
+FULL, SHORT, FP8 = "DynamicCache", f"DynamicCache of {KEPT} tokens", "QuantizedCache fp8"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Bench:
         if not any(layer_kinds(config)):  # it refuses models with sliding layers
             made[FP8] = QuantizedCache("fp8", config)
         for name, cache in made.items():
-            self.step(cache, ids[:, :512] if name == SHORT else ids)
+            self.step(cache, ids[:, :KEPT] if name == SHORT else ids)
         ours = {recipe: calidrop.KVCache(self.model, recipe, eager=True) for recipe in self.recipes}
         prefill(self.model, list(ours.values()), ids)
         return made | ours
@@ -99,8 +104,28 @@ def size(cache: Cache) -> int:
     return held_bytes([vars(layer) for layer in cache.layers])
 
 
+def kvpress(python: Path, folder: Path, ids: Tensor, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    """What `decode_kvpress.py` tells, run by another python."""
+    job = {"model": str(folder), "ids": ids[0].tolist(), "batch": batch, "rounds": rounds, "steps": steps, "kept": KEPT,
+           "threads": torch.get_num_threads()}  # fmt: skip
+    script = Path(__file__).with_name("decode_kvpress.py")
+    done = subprocess.run([str(python), str(script)], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{python} {script} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+Peer = Callable[[Tensor, int, int, int], dict[str, Any]]
+
+
 def rows(
-    bench: Bench, ids: Tensor, batches: list[int], rounds: int, steps: int, say: Callable[[str], None]
+    bench: Bench,
+    ids: Tensor,
+    batches: list[int],
+    rounds: int,
+    steps: int,
+    say: Callable[[str], None],
+    peer: Peer | None = None,
 ) -> list[Row]:
     caches, found, have = bench.filled(ids), [], 1
     for batch in batches:
@@ -110,9 +135,14 @@ def rows(
                 cache.batch_repeat_interleave(batch // have)
             have = batch
         seconds = bench.measure(caches, ids[:, -1:].expand(batch, 1), rounds, steps)
-        base = min(seconds[FULL])
+        base, held = min(seconds[FULL]), {name: size(cache) for name, cache in caches.items()}
+        if peer is not None:
+            told = peer(ids, batch, rounds, steps)
+            label = f"kvpress {told['versions']['kvpress']}, transformers {told['versions']['transformers']}: "
+            seconds |= {label + name: of for name, of in told["seconds"].items()}
+            held |= {label + name: n for name, n in told["bytes"].items()}
         for name, of in seconds.items():
-            row = Row(ids.shape[1], batch, name, 1000 * min(of), 1000 * median(of), size(caches[name]), base / min(of))
+            row = Row(ids.shape[1], batch, name, 1000 * min(of), 1000 * median(of), held[name], base / min(of))
             say(
                 f"{row.context:7} {batch:5} {name:56} {row.best_ms:9.1f} {row.median_ms:9.1f} "
                 f"{row.device_bytes / 1e6:8.1f} {row.times:6.2f}x"
@@ -146,6 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--kvpress", type=Path, help="a python that has kvpress")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
@@ -156,12 +187,13 @@ def main() -> None:
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
     found: list[Row] = []
+    folder = args.model or embedded()
+    peer = args.kvpress and (lambda *job: kvpress(args.kvpress, folder, *job))
     for context in map(int, args.contexts.split(",")):
         batches = [int(b) for b in args.batches.split(",")]
         bench = Bench(model, args.recipe or RECIPES)
-        found += rows(
-            bench, tokens[:, :context], batches, args.rounds, args.steps, lambda line: print(line, flush=True)
-        )
+        say = partial(print, flush=True)
+        found += rows(bench, tokens[:, :context], batches, args.rounds, args.steps, say, peer)
         if args.json:
             args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in found]}, indent=1))
     if args.plot:

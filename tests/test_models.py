@@ -183,7 +183,7 @@ def test_race(package, tmp_path, monkeypatch):
         both.wait()
 
     monkeypatch.setattr(loading, "_convert", together)
-    threads = [threading.Thread(target=lambda: folders.append(loading._embedded())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: folders.append(loading.embedded())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

