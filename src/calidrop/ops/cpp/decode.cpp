@@ -1,6 +1,7 @@
 // Decode attention on a CPU: a few queries per kv head over any number of pieces of cache, joined by their log-sum-exp
 // in one call. The oracle is calidrop.attention (attend, merge) on the decoded tokens. Portable C++17 with GCC/Clang
 // vector types, which become AVX-512, AVX2 or NEON; OpenMP where the caller's process has a runtime.
+#include "amx.h"
 #include "rows.h"
 #include "vnni.h"
 
@@ -123,6 +124,9 @@ struct Scratch {
 #ifdef CALIDROP_VNNI
   vnni::Fixed left, right;
 #endif
+#ifdef CALIDROP_AMX
+  amx::Buffers buffers;
+#endif
   Scratch(const Call& c)
       : q(c.R * c.D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(c.D, c.Dv)), part(c.R, c.Dv) {}
 };
@@ -173,19 +177,39 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     for (int d = 0; d < c.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
     for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = w.straight[w.k_order[d]];
   }
+  bool tiles = false;
+#ifdef CALIDROP_AMX
+  tiles = c.R <= amx::MOST && vnni::width(c.D) == 64 && vnni::width(c.Dv) == 64 && amx::allowed();
+#endif
 #ifdef CALIDROP_VNNI
-  w.left.size(c.R, c.D), w.right.size(c.R, BLOCK);
+  w.left.size(c.R, c.D, tiles), w.right.size(c.R, BLOCK, tiles);
   for (int r = 0; r < c.R; ++r) w.left.set(r, w.q.data() + r * c.D, c.D);
 #endif
+  const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, to - t)); };
   const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+#ifdef CALIDROP_AMX
+  std::optional<amx::Tiles> mine;
+  if (tiles) {
+    mine.emplace();
+    amx::lay(w.left, w.buffers);
+    amx::lay_keys<BITS>(k + from * x.k.slot, x.k.slot, block(from), c.D, w.buffers);
+  }
+#endif
   const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
   const char *vs = base(x, x.v_scale, at), *vz = base(x, x.v_zero, at);
   const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
   alignas(64) float scale[BLOCK], zero[BLOCK];
   w.part.reset();
   for (int64_t t = from; t < to; t += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
+    const int n = block(t);
     const char *rows = k + t * x.k.slot, *v_rows = v + t * x.v.slot;
+#ifdef CALIDROP_AMX
+    if (tiles) {
+      amx::dots<BITS>(rows, x.k.slot, n, c.D, w.buffers);
+      amx::lay_values<BITS>(v_rows, x.v.slot, n, c.Dv, w.buffers);
+      amx::scores<BITS>(n, w.left, c.R, w.s.data(), w.buffers);
+    } else
+#endif
 #ifdef CALIDROP_VNNI
     if (vnni::width(c.D) == 64)
       vnni::dots<BITS>(rows, x.k.slot, n, c.D, w.left, c.R, w.s.data());
@@ -209,6 +233,14 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
 #ifdef CALIDROP_VNNI
     if (vnni::width(c.Dv)) {
       for (int r = 0; r < c.R; ++r) w.right.set(r, w.s.data() + r * BLOCK, n);
+#ifdef CALIDROP_AMX
+      if (tiles) {
+        amx::rows(c.Dv, w.right, w.buffers);
+        if (t + n < to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), c.D, w.buffers);
+        amx::add<BITS>(c.Dv, w.right, c.R, w.part.o.data(), c.Dv, w.buffers);
+        continue;
+      }
+#endif
       vnni::rows<BITS>(v_rows, x.v.slot, n, c.Dv, w.right, c.R, w.part.o.data(), c.Dv);
       continue;
     }

@@ -11,15 +11,20 @@
 
 namespace vnni {
 
+struct alignas(64) Line {
+  int8_t of[64];
+};
+
 // numbers as two signed bytes each, four numbers a word and an even number of words; the step between them
 struct Fixed {
-  std::vector<int8_t> high, low;
+  std::vector<Line> lines;  // rows of high ones, then rows of low ones
   std::vector<float> step, lost;  // lost: what rounding took from the sum of a row
-  int words = 0;
-  void size(int rows, int n) {
-    words = (n + 7) / 8 * 2;
-    high.resize(static_cast<size_t>(rows) * words * 4);
-    low.resize(static_cast<size_t>(rows) * words * 4);
+  int words = 0, half = 0;  // half: the row of the first low ones
+  // tiles: as two halves of 8 rows of whole tiles, for at most 8 rows (amx.h)
+  void size(int rows, int n, bool tiles = false) {
+    words = tiles ? (n + 63) / 64 * 16 : (n + 7) / 8 * 2;
+    half = tiles ? 8 : rows;
+    lines.assign((static_cast<size_t>(2 * half) * words * 4 + 63) / 64, Line{});
     step.resize(rows), lost.resize(rows);
   }
   // row r becomes x[0..n), n at most 4 * words; the rest of it 0
@@ -34,7 +39,7 @@ struct Fixed {
     // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
     const float inverse = largest > 1e-30f && bad == 0.0f ? 32512.0f / largest : 0.0f;
     step[r] = inverse == 0.0f ? bad : largest / 32512.0f;
-    int8_t *h = high.data() + static_cast<size_t>(r) * words * 4, *l = low.data() + static_cast<size_t>(r) * words * 4;
+    int8_t *h = lines.data()->of + static_cast<size_t>(r) * words * 4, *l = h + static_cast<size_t>(half) * words * 4;
     V rest = {};
     for (int i = 0; i < 4 * words; i += 16) {
       const V y = i < n && inverse != 0.0f ? head(x + i, n - i) * inverse : V{};  // all 0 where any is not finite
@@ -48,8 +53,8 @@ struct Fixed {
     }
     lost[r] = sum(rest) * step[r];
   }
-  const int32_t* highs(int r) const { return reinterpret_cast<const int32_t*>(high.data()) + static_cast<size_t>(r) * words; }
-  const int32_t* lows(int r) const { return reinterpret_cast<const int32_t*>(low.data()) + static_cast<size_t>(r) * words; }
+  const int32_t* highs(int r) const { return reinterpret_cast<const int32_t*>(lines.data()) + static_cast<size_t>(r) * words; }
+  const int32_t* lows(int r) const { return highs(half + r); }
 };
 
 template <int BITS> constexpr float MIDDLE = ((1 << BITS) - 1) / 2.0f;
