@@ -195,15 +195,16 @@ def plan(
 def methods() -> None:
     """What a recipe can be made of."""
     from calidrop.methods import METHODS
+    from calidrop.parts import role_of
 
     table = Table("method", "role", "arguments", "paper", box=None, pad_edge=False)
     for column in (table.columns[0], table.columns[1], table.columns[3]):
         column.no_wrap = True
     for name, build in METHODS.items():
-        signature = inspect.signature(build, eval_str=True)
+        signature = inspect.signature(build)
         given = (n if p.default is p.empty else f"{n}={p.default!r}" for n, p in signature.parameters.items())
         source = build.paper.partition(", ")[2] or build.paper  # without the name, which the first column has
-        table.add_row(f"[bold]{name}[/bold]", signature.return_annotation.role, escape(", ".join(given)), source)
+        table.add_row(f"[bold]{name}[/bold]", role_of(build), escape(", ".join(given)), source)
     out = stdout()
     out.print(table)
     out.print(
