@@ -21,12 +21,16 @@ FEW = (
     "snapkv(budget=128)+calidrop(summary=16)",
     "transformers:DynamicCache",
 )
-SELECT = "streaming_llm h2o tova snapkv expected_attention pyramidkv adakv judge_q r_kv g_kv lazy_eviction".split()
+SELECT = (
+    *("streaming_llm", "h2o", "tova", "snapkv", "expected_attention", "pyramidkv", "adakv"),
+    *("judge_q", "r_kv", "g_kv", "lazy_eviction"),
+)
 MANY = (
     *FEW,
     *(f"{name}(budget={n}){rest}" for n in (128, 256) for rest in ("", "+calidrop", "+int4") for name in SELECT),
     *("int4", "fp8", "kivi(bits=4)", "ott(bits=2)", "ott(bits=4)", "mixkvq", "decoquant(bits=4)", "think(keep=0.6)"),
     *("think(keep=0.6)+kivi(bits=2)", "snapkv(budget=256)+think(keep=0.6)+kivi(bits=4)+calidrop(summary=16)"),
+    *("snapkv(budget=64)", "tova(budget=64)", "int8+snapkv(budget=512)", "adakv(budget=512)", "kivi(bits=8)"),
     *("h2o(budget=0.2)+mikv(bits=2)", "kvpress:SnapKVPress(0.9)", "kvpress:full", "transformers:QuantizedCache-fp8"),
 )
 FOUR: tuple[Cell, ...] = tuple(("smollm2", "needle", n, q) for n in (1024, 4096) for q in ("seen", "later"))

@@ -42,7 +42,7 @@ def pareto(quality: str, cost: str, points: Data = (), width: Any = "container",
     log = quality != "score"
     chart = alt.Chart()
     x = alt.X("x:Q", title=COST[cost][0], scale=alt.Scale(type="log", nice=False, padding=22), axis=_axis(True))
-    scale = alt.Scale(type="log", nice=False, padding=16) if log else alt.Scale(zero=False, padding=16)
+    scale = alt.Scale(type="log", nice=False, padding=16) if log else alt.Scale(zero=False, nice=False, padding=16)
     y = alt.Y("y:Q", title=None, scale=scale, axis=_axis(log))
     colour = FAMILY.legend(orient="top", title=None, columns=3) if legend else FAMILY.legend(None)
     shape = alt.Shape("host:N", scale=alt.Scale(domain=[False, True], range=["circle", "diamond"]), legend=None)
@@ -51,9 +51,9 @@ def pareto(quality: str, cost: str, points: Data = (), width: Any = "container",
     edge = alt.condition(out, alt.value(ink("ground")), alt.value(None))
     tips = [alt.Tooltip(f"{name}:N") for name in ("title", *TIPS)]
     ring = alt.condition(PICKED, alt.value(1), alt.value(0))
+    steps = chart.transform_filter("datum.rank > 0").mark_line(interpolate="step-after", strokeWidth=1.5)
     layers = alt.layer(
-        chart.transform_filter("datum.rank > 0").mark_line(interpolate="step-after", strokeWidth=1.5, color=ink("accent"))
-        .encode(x, y, order="rank:Q"),
+        steps.encode(x, y, order="rank:Q", color=alt.value(ink("accent"))),
         chart.mark_rule(opacity=0.6).encode(x, alt.Y("low:Q", title=None, scale=scale), alt.Y2("high:Q"), colour),
         chart.mark_point(size=280, strokeWidth=2, color=ink("ink")).encode(x, y, opacity=ring),
         chart.transform_filter("datum.shown").mark_point(filled=True, strokeWidth=1)
@@ -119,11 +119,12 @@ def heat(quality: str, spots: Data = ()) -> Any:
     title = QUALITY[quality]
     value = alt.Color(f"{quality}:Q", scale=scale, legend=alt.Legend(title=title, orient="top", gradientLength=180))
     best = alt.EncodingSortField(quality, "mean", "descending" if better else "ascending")
+    depths = alt.Axis(orient="top", format="~%", labelAngle=0, labelOverlap=False, labelFontSize=9)
     told = [alt.Tooltip(f"{name}:N") for name in ("title", "prompt", "depth of it", "score ", "nll ", "N")]
     words = {
         "title": "datum.recipe", "prompt": "datum.length + ' tokens'", "depth of it": "format(datum.depth, '.0%')",
-        "score ": _if("datum.score", "format(datum.score, '.2f')"), "nll ": _if("datum.nll", "format(datum.nll, '.3f')"),
-        "N": "datum.n",
+        "score ": _if("datum.score", "format(datum.score, '.2f')"), "N": "datum.n",
+        "nll ": _if("datum.nll", "format(datum.nll, '.3f')"),
     }  # fmt: skip
     return (
         alt.Chart(alt.Data(values=list(spots)), width=alt.Step(28), height=alt.Step(19))
@@ -131,7 +132,7 @@ def heat(quality: str, spots: Data = ()) -> Any:
         .transform_calculate(**words)
         .mark_rect(stroke=ink("ground"), strokeWidth=1)
         .encode(
-            alt.X("depth:O", title=None, axis=alt.Axis(format="~%", labelAngle=0, labelOverlap=False, labelFontSize=9)),
+            alt.X("depth:O", title=None, axis=depths),
             alt.Y("recipe:N", title=None, sort=best, axis=alt.Axis(labelFontSize=11, labelLimit=ink("names"))),
             value,
             alt.Column("length:O", title=None, header=alt.Header(labelExpr="datum.value + ' tokens'"), spacing=12),

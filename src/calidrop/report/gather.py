@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calidrop.eval.rows import Row, latest, read
+from calidrop.eval.rows import Row, latest
 from calidrop.eval.table import Cell, Line, table
 from calidrop.pareto import front
 
@@ -27,9 +27,10 @@ COSTS = ("device", "total", "decode")
 @dataclass(frozen=True)
 class Report:
     """cells: what was asked (a model, task, length, question). points: a recipe in a cell, the fields of a table's line
-    and `cell` (its index), `total_bytes`, `nll_low` … `kl_high`. fronts: by cell, then by "quality/cost", the
-    indices of the points that no other beats, cheapest first, equal ones together. spots: a recipe in a cell at one depth. failures: errors
-    with how often they came. told: run.json, empty where there is none. sources: versions that made rows."""
+    and `cell` (its index), `total_bytes`, `nll_low` … `kl_high`. fronts: by cell, then by "quality/cost", the indices
+    of the points that no other beats, cheapest first, equal ones together. spots: a recipe in a cell at one depth.
+    failures: errors with how often they came. told: run.json, empty where there is none. sources: versions that made
+    rows."""
 
     name: str
     cells: list[Cell]
@@ -41,12 +42,9 @@ class Report:
     sources: list[dict[str, str]]
 
 
-def gather(run: Path) -> Report:
-    """Raises ValueError for a folder without rows, and for rows or a run.json that are none, naming file and line."""
-    file = run / "rows.jsonl"
-    rows = list(latest(read(file)).values()) if file.is_file() else []
-    if not rows:
-        raise ValueError(f"{run} has no rows: no folder of a run, or an empty one")
+def gather(run: Path, rows: Iterable[Row]) -> Report:
+    """rows: of this folder. Raises ValueError for a run.json that is none."""
+    rows = list(latest(rows).values())
     lines, groups = table(rows), defaultdict(list)
     for row in rows:
         if row.error is None:
@@ -77,7 +75,12 @@ def _point(line: Line, cell: int, rows: list[Row]) -> Values:
     told: Values = {"cell": cell, "total_bytes": held}
     for name, pairs in (("nll", sums), ("kl", apart)):
         told[f"{name}_low"], told[f"{name}_high"] = _interval(pairs)
-    return asdict(line) | told
+    return {name: None if _odd(value) else value for name, value in (asdict(line) | told).items()}
+
+
+def _odd(value: Any) -> bool:
+    """No number that can be compared or drawn."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _interval(pairs: list[tuple[float, int]], draws: int = 1000) -> tuple[float | None, float | None]:
@@ -114,11 +117,12 @@ def _spots(rows: Iterable[Row], cells: list[Cell]) -> list[Values]:
 def _mean(rows: list[Row]) -> Values:
     scores = [row.score for row in rows if row.score is not None]
     tokens = sum(row.answer_tokens or 0 for row in rows)
-    return {
+    told = {
         "n": len(rows),
         "score": math.fsum(scores) / len(scores) if scores else None,
         "nll": math.fsum(row.nll or 0.0 for row in rows) / tokens if tokens else None,
     }
+    return {name: None if _odd(value) else value for name, value in told.items()}
 
 
 def _failures(rows: Iterable[Row]) -> list[Values]:

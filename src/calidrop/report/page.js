@@ -27,6 +27,10 @@ function dot(family) {
   return made;
 }
 
+function named(recipe) { // breaks between parts and arguments, not within words
+  return element("span", { className: "mono" }, ...recipe.split(/(?=[+(])|(?<=, )/).flatMap((piece) => [piece, element("wbr")]));
+}
+
 function shown(point) {
   const name = point.recipe.toLowerCase();
   return !state.off.has(point.family) && state.words.every((word) => name.includes(word));
@@ -34,11 +38,12 @@ function shown(point) {
 
 const FORMATS = {
   text: (v) => v,
-  count: (v) => v.toLocaleString("en"),
+  count: (v) => String(v),
   score: (v) => v.toFixed(3),
   share: (v) => `${(100 * v).toFixed(0)} %`,
   small: (v) => (v === 0 ? "0" : v < 1e-6 ? "<1e-6" : v < 1e-3 ? v.toExponential(1) : v.toFixed(4)),
   megabytes: (v) => (v === 0 ? "" : (v / 1e6).toFixed(v < 1e8 ? 2 : 0)),
+  hundredth: (v) => v.toFixed(2),
   tenth: (v) => v.toFixed(1),
   times: (v) => `${v.toFixed(v < 10 ? 2 : 1)}×`,
 };
@@ -82,7 +87,7 @@ function line(index, rank, quality, cost) {
     : `${format(cost === "device" ? point.device_bytes : point.total_bytes, "megabytes")} MB`;
   const made = element("li", { tabIndex: 0, hidden: !shown(point) },
     element("span", { className: "rank", textContent: rank }), dot(point.family),
-    element("span", { className: "mono", textContent: point.recipe }),
+    named(point.recipe),
     element("span", { className: "numbers", textContent: `${format(point[quality], column.kind)}, ${spent}` }));
   return pickable(made, point.recipe);
 }
@@ -125,7 +130,7 @@ function drawPicked() {
   const about = parts.length ? element("ul", {}, ...parts)
     : element("p", { textContent: "A cache of another library, or a method that this version does not know." });
   $("picked").replaceChildren(
-    element("h3", {}, dot(family), ` ${recipe}`), element("p", { className: "note", textContent: family }), about);
+    element("h3", {}, dot(family), " ", named(recipe)), element("p", { className: "note", textContent: family }), about);
 }
 
 // ---- the table
@@ -138,9 +143,11 @@ function drawTable() {
     some = [...some].sort((a, b) => none(a[field]) - none(b[field]) || // what is not there comes last
       sign * (typeof a[field] === "string" ? a[field].localeCompare(b[field]) : a[field] - b[field]));
   }
+  const columns = RUN.columns.filter(({ field }) => !$(field)?.value); // what is chosen need not be told in each row
   document.querySelector("#table tbody").replaceChildren(...some.map((p) => pickable(
-    element("tr", {}, ...RUN.columns.map((column) => entry(p, column))), p.recipe)));
+    element("tr", {}, ...columns.map((column) => entry(p, column))), p.recipe)));
   for (const head of document.querySelectorAll("#table th")) {
+    head.hidden = !columns.some(({ field }) => field === head.dataset.field);
     if (head.dataset.field === state.sort) head.ariaSort = state.down ? "descending" : "ascending";
     else head.removeAttribute("aria-sort");
   }
@@ -149,7 +156,7 @@ function drawTable() {
 
 function entry(point, { field, kind }) {
   const value = format(point[field], kind), made = element("td", { className: kind === "text" ? "text" : "" });
-  if (field === "recipe") made.append(element("span", { className: "recipe" }, dot(point.family), value));
+  if (field === "recipe") made.append(element("span", { className: "recipe" }, dot(point.family), named(value)));
   else made.append(value);
   const aside = field === "n" && point.errors ? `${point.errors} failed`
     : field === "score" && point.low !== null ? `${point.low.toFixed(2)}–${point.high.toFixed(2)}` : "";
@@ -180,15 +187,16 @@ function unique(values) {
 }
 
 function start() {
-  const named = (cell) => [cell.task, ...(cell.length ? [`${cell.length} tokens`] : []),
+  const told = (cell) => [cell.task, ...(cell.length ? [`${cell.length} tokens`] : []),
     ...(cell.question ? [`question ${cell.question}`] : []), ...(RUN.models > 1 ? [cell.model] : [])].join(", ");
-  options("cell", RUN.cells.map((_, i) => i), (i) => named(RUN.cells[i]));
+  options("cell", RUN.cells.map((_, i) => i), (i) => told(RUN.cells[i]));
   options("heat-cell", unique(SPOTS.map((s) => JSON.stringify([s.model, s.task, s.question]))), (v) => {
     const [model, task, question] = JSON.parse(v);
-    return named({ model, task, question });
+    return told({ model, task, question });
   });
   for (const id of ["task", "length", "question"]) {
     options(id, ["", ...unique(RUN.cells.map((cell) => cell[id] ?? "–"))], (v) => (v === "" ? "all" : v));
+    $(id).value = RUN.cells[0][id] ?? "–"; // lines compare within a task
   }
   document.querySelector("#table thead tr").replaceChildren(...RUN.columns.map(({ field, head, about, kind }) => {
     const button = element("button", { type: "button", textContent: head, title: about });

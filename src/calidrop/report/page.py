@@ -14,17 +14,12 @@ from calidrop.report.families import family, parts
 from calidrop.report.gather import COSTS, QUALITIES, Report, Values
 
 COLUMNS = (
-    *(
-        ("recipe", "recipe", "text"),
-        ("model", "model", "text"),
-        ("task", "task", "text"),
-        ("length", "length", "count"),
-    ),
-    *(("question", "question", "text"), ("n", "N", "count"), ("score", "score", "score"), ("nll", "nll", "score")),
-    *(("kl", "KL", "small"), ("agreement", "agree", "share"), ("device_bytes", "device", "megabytes")),
-    *(("host_bytes", "host", "megabytes"), ("ratio", "ratio", "times"), ("prefill_s", "prefill", "score")),
-    *(("decode_ms_per_token", "ms/tok", "tenth"), ("decode_ratio", "decode", "times")),
-    ("recompute_rate", "asked", "share"),
+    *(("recipe", "recipe", "text"), ("model", "model", "text"), ("task", "task", "text")),
+    *(("length", "length", "count"), ("question", "question", "text"), ("n", "N", "count")),
+    *(("score", "score", "score"), ("nll", "nll", "score"), ("kl", "KL", "small"), ("agreement", "agree", "share")),
+    *(("device_bytes", "device MB", "megabytes"), ("host_bytes", "host MB", "megabytes"), ("ratio", "ratio", "times")),
+    *(("prefill_s", "prefill s", "hundredth"), ("decode_ms_per_token", "ms/token", "tenth")),
+    *(("decode_ratio", "decode", "times"), ("recompute_rate", "asked", "share")),
 )
 """Of the table: field, head, and how page.js writes it."""
 OWN = {
@@ -92,10 +87,10 @@ def _short(value: Any) -> Any:
 
 
 def _summary(report: Report, recipes: list[str]) -> str:
-    tasks, models, lengths = (list(dict.fromkeys(cell[i] for cell in report.cells)) for i in (1, 0, 2))
+    tasks, models, lengths = (list(dict.fromkeys(str(cell[i]) for cell in report.cells)) for i in (1, 0, 2))
     samples = max(p["n"] for p in report.points)
     told = [
-        f"{len(recipes)} recipes", f"{', '.join(tasks)} at {', '.join(map(str, lengths))} tokens",
+        f"{len(recipes)} recipes", f"{', '.join(tasks)} at {', '.join(lengths)} tokens",
         f"up to {samples} samples each", ", ".join(models),
     ]  # fmt: skip
     return "; ".join(told)
