@@ -152,7 +152,7 @@ def spec(chart: Any) -> dict[str, Any]:
         .configure_axis(**words, **axis)
         .configure_header(**words, labelFontSize=12)
         .configure_legend(**words, labelLimit=400, titleLimit=400, gradientThickness=10)
-        .configure_title(color=ink("ink"), anchor="start", fontSize=13)
+        .configure_title(color=ink("ink"), subtitleColor=soft, anchor="start", fontSize=13, subtitleFontSize=11)
         .to_dict()
     )
     params = {**LIGHT, "picked": "", "names": 420}

@@ -55,8 +55,6 @@ def page(report: Report) -> str:
         "costs": {name: words for name, (words, _) in charts.COST.items()},
         "models": len(models),
     }
-    specs = {f"{q}/{c}": charts.spec(charts.pareto(q, c)) for q in QUALITIES for c in COSTS}
-    specs |= {f"heat/{q}": charts.spec(charts.heat(q)) for q in ("score", "nll")}
     return render(
         "report/page.html",
         run=report,
@@ -65,9 +63,15 @@ def page(report: Report) -> str:
         columns=columns,
         depths=bool(report.spots),
         payload=payload,
-        specs=specs,
+        specs=_specs(),
         vega=code(f"(() => {{{_vega()}}})();"),  # its short names are its own
     )
+
+
+@lru_cache(1)
+def _specs() -> Values:
+    specs = {f"{q}/{c}": charts.spec(charts.pareto(q, c)) for q in QUALITIES for c in COSTS}
+    return specs | {f"heat/{q}": charts.spec(charts.heat(q)) for q in ("score", "nll")}
 
 
 @lru_cache(1)

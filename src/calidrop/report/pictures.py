@@ -34,7 +34,9 @@ def _fronts(report: Report) -> Iterator[tuple[str, Any]]:
         for quality in QUALITIES:
             if any(report.fronts[index][f"{quality}/{c}"] for c in ("device", "decode")):
                 both = alt.hconcat(*(_front(report, index, quality, c) for c in ("device", "decode")), spacing=40)
-                title = f"{_told(report, cell)}: {charts.QUALITY[quality]}"
+                told = "A diamond also holds bytes on the host. Bars: 95 % bootstrap intervals, of the front."
+                exact = "" if quality == "score" else " What is exact (0) lies at the bottom."
+                title = alt.Title(f"{_told(report, cell)}: {charts.QUALITY[quality]}", subtitle=told + exact)
                 yield f"front-{_file(report, cell)}-{quality}", both.properties(title=title)
 
 
