@@ -24,7 +24,7 @@ QUALITY = {
 COST = {
     "device": ("MB on the device", "datum.device_bytes / 1e6"),
     "total": ("MB on device and host", "datum.total_bytes / 1e6"),
-    "decode": ("ms per decoded token", "datum.decode_ms_per_token"),
+    "decode": ("ms per token", "datum.decode_ms_per_token"),
 }
 FAMILY = alt.Color("family:N", scale=alt.Scale(domain=list(COLOURS), range=list(COLOURS.values())))
 PICKED = "datum.recipe === picked"
