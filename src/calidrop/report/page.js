@@ -85,7 +85,7 @@ function line(index, rank, quality, cost) {
   const point = POINTS[index], column = RUN.columns.find((c) => c.field === quality);
   const spent = cost === "decode" ? `${format(point.decode_ms_per_token, "tenth")} ms`
     : `${format(cost === "device" ? point.device_bytes : point.total_bytes, "megabytes")} MB`;
-  const made = element("li", { tabIndex: 0, hidden: !shown(point) },
+  const made = element("li", { tabIndex: 0, role: "button", hidden: !shown(point) },
     element("span", { className: "rank", textContent: rank }), dot(point.family),
     named(point.recipe),
     element("span", { className: "numbers", textContent: `${format(point[quality], column.kind)}, ${spent}` }));
