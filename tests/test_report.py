@@ -212,6 +212,20 @@ def test_choices_of_the_charts(browser, html, run):
     assert browser.wait(cells) == 2 * 5 * (len(runs.FEW) - 2)
 
 
+@pytest.mark.parametrize(("recipes", "failing"), [(("full",), ""), (("full",), "full"), (("int8", "int4"), "int8")])
+def test_thin_runs(browser, tmp_path, recipes, failing):
+    """One sample has no interval, one recipe no spread, a failure no numbers, `fidelity` no depth."""
+    run = runs.write(tmp_path / "thin", recipes, runs.SIX[4:5], 1, failing)
+    (tmp_path / "page.html").write_text(page(told(run)), "utf-8")
+    drawn(browser, tmp_path / "page.html")
+    for n, quality in enumerate(("nll of the right answer, nats per token", "KL to the uncompressed cache, nats"), 2):
+        browser.choose("#quality", quality)
+        done(browser, n)
+    assert len(points(browser)) == sum(recipe != failing for recipe in recipes)
+    assert not browser.all("#heat-chart")
+    assert len(cells(browser, 1)) == len(recipes)
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_looks(browser, html, width):
     """No scrolling to the side, in light and dark, which the button changes charts and all."""

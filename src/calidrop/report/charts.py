@@ -66,7 +66,7 @@ def pareto(quality: str, cost: str, points: Data = (), width: Any = "container",
 
 
 def _axis(log: bool) -> alt.Axis:
-    return alt.Axis(format="~g", tickCount=5, labelFlush=False) if log else alt.Axis(format="~g", tickCount=6)
+    return alt.Axis(format="~g", tickCount=5 if log else 6, labelFlush=False)
 
 
 def _interval(low: str, high: str, form: str) -> str:
@@ -87,7 +87,7 @@ TIPS = {
     "nll ": _if("datum.nll", "format(datum.nll, '.3f') + " + _interval("datum.nll_low", "datum.nll_high", ".3f")),
     "KL": _if("datum.kl", "format(datum.kl, '.2~g') + " + _interval("datum.kl_low", "datum.kl_high", ".2~g")),
     "device": _megabytes("datum.device_bytes"),
-    "on host": _if("datum.host_bytes", "format(datum.host_bytes / 1e6, '.4~g') + ' MB'"),
+    "on host": _megabytes("datum.host_bytes"),
     "decode": _if("datum.decode_ms_per_token", "format(datum.decode_ms_per_token, '.1f') + ' ms per token'"),
     "N": "datum.n + (datum.errors ? ', ' + datum.errors + ' failed' : '')",
 }
@@ -101,7 +101,7 @@ def _values(chart: Any, quality: str, cost: str) -> Any:
     if quality != "score":
         near = {name: f"isValid({value}) ? max({value}, datum.least / 2) : null" for name, value in near.items()}
     return (
-        chart.transform_filter(f"isValid(datum.{quality}) && isValid({COST[cost][1]})")
+        chart.transform_filter(f"isValid(datum.{quality}) && {COST[cost][1]} > 0")
         .transform_calculate(above=f"datum.{quality} > {FLOOR} ? datum.{quality} : null")
         .transform_joinaggregate(least="min(above)")
         .transform_calculate(least=f"datum.least || {2 * FLOOR}", title="datum.recipe", low_="datum.low",

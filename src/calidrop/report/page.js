@@ -74,7 +74,7 @@ function drawPareto(id, cost) {
   const rank = new Map(front.flatMap((equal, i) => equal.map((index) => [index, i + 1])));
   const paid = { device: "device_bytes", total: "total_bytes", decode: "decode_ms_per_token" }[cost];
   const points = POINTS.map((point, i) => ({ ...point, rank: rank.get(i) ?? 0, shown: shown(point) }))
-    .filter((point) => point.cell === cell && point[quality] !== null && point[paid] !== null);
+    .filter((point) => point.cell === cell && point[quality] !== null && point[paid] > 0);
   $(`${id}-y`).textContent = RUN.qualities[quality];
   $(`${id}-x`).textContent = RUN.costs[cost];
   $(`${id}-front`).replaceChildren(...front.flatMap((equal, i) => equal.map((index) => line(index, i + 1, quality, cost))));
