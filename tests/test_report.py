@@ -318,7 +318,7 @@ def test_command_errors(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and can(path, mode))
     assert "no permission" in fails(run, "-o", tmp_path / "page.html")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "this needs altair and vl_convert: pip install 'calidrop[report]'" in fails(run)
+    assert "this needs altair and vl_convert and PIL: pip install 'calidrop[report]'" in fails(run)
     assert not (tmp_path / "page.html").exists()
 
 

@@ -17,7 +17,7 @@ def report(
     png: Annotated[Path | None, typer.Option(help="Draw fronts and heatmaps as PNGs into this folder too.")] = None,
 ) -> None:
     """Show a run: Pareto fronts, heatmaps and the table as one page that needs no network."""
-    need("altair", "vl_convert", extra="report")
+    need("altair", "vl_convert", "PIL", extra="report")
     from calidrop.eval.folder import rows_of
 
     rows = rows_of(run)

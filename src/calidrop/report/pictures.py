@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import altair as alt
 import vl_convert
+from PIL import Image
 
 from calidrop.eval.table import Cell
 from calidrop.report import charts
@@ -24,7 +26,8 @@ def pictures(report: Report, folder: Path) -> list[Path]:
     made = []
     for name, chart in [*_fronts(report), *_heats(report)]:
         path = folder / f"{name}.png"
-        path.write_bytes(vl_convert.vegalite_to_png(charts.spec(chart), scale=2))
+        image = Image.open(io.BytesIO(vl_convert.vegalite_to_png(charts.spec(chart), scale=2)))
+        image.convert("RGB").save(path, optimize=True)  # a third of the bytes
         made.append(path)
     return made
 
