@@ -30,7 +30,7 @@ function entry(point, { field, kind }) {
   return made;
 }
 
-function sortBy(field, kind) {
+function sortBy(field) {
   state.down = state.sort === field ? !state.down : field === "score" || field === "agreement" || field === "ratio";
   state.sort = field;
   drawTable();
@@ -39,7 +39,7 @@ function sortBy(field, kind) {
 function tableHead() {
   document.querySelector("#table thead tr").replaceChildren(...RUN.columns.map(({ field, head, about, kind }) => {
     const button = element("button", { type: "button", textContent: head, title: about });
-    button.addEventListener("click", () => sortBy(field, kind));
+    button.addEventListener("click", () => sortBy(field));
     const made = element("th", { className: kind === "text" ? "text" : "", scope: "col" }, button);
     made.dataset.field = field;
     return made;
