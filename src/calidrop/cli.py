@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from calidrop import eval_cli, train_cli
+from calidrop import eval_cli, report_cli, train_cli
 from calidrop.terminal import (
     Context,
     Continuation,
@@ -33,6 +33,7 @@ from calidrop.terminal import (
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False)
 app.add_typer(train_cli.app, name="train", help="Learn once what some methods need, and write it to a file.")
 app.command("eval", cls=eval_cli.Command)(eval_cli.evaluate)
+app.command()(report_cli.report)
 
 
 def _version(asked: bool) -> None:
@@ -195,15 +196,16 @@ def plan(
 def methods() -> None:
     """What a recipe can be made of."""
     from calidrop.methods import METHODS
+    from calidrop.parts import role_of
 
     table = Table("method", "role", "arguments", "paper", box=None, pad_edge=False)
     for column in (table.columns[0], table.columns[1], table.columns[3]):
         column.no_wrap = True
     for name, build in METHODS.items():
-        signature = inspect.signature(build, eval_str=True)
+        signature = inspect.signature(build)
         given = (n if p.default is p.empty else f"{n}={p.default!r}" for n, p in signature.parameters.items())
         source = build.paper.partition(", ")[2] or build.paper  # without the name, which the first column has
-        table.add_row(f"[bold]{name}[/bold]", signature.return_annotation.role, escape(", ".join(given)), source)
+        table.add_row(f"[bold]{name}[/bold]", role_of(build), escape(", ".join(given)), source)
     out = stdout()
     out.print(table)
     out.print(

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,22 +18,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperCommand
 
+from calidrop.eval.table import MEANING, Line
 from calidrop.terminal import check_writable, mb, read_text, stdout
 
-if TYPE_CHECKING:
-    from calidrop.eval.table import Line
-
 COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
-    ("recipe", "what the cache does", lambda r: r.recipe),
-    ("N", "samples", lambda r: f"{r.n}" + (f" +{r.errors} failed" if r.errors else "")),
-    ("score", "of 1, with its 95 % bootstrap interval", lambda r: _score(r)),
-    ("nll", "nats per token of the right answer; lower is better", lambda r: _number(r.nll, 3)),
-    ("KL", "nats along the right answer, from the uncompressed cache", lambda r: _number(r.kl, 4)),
-    ("device", "MB (10^6 bytes) held on the device", lambda r: mb(int(r.device_bytes or 0))),
-    ("host", "the same on the host", lambda r: mb(int(r.host_bytes)) if r.host_bytes else ""),
-    ("ratio", "uncompressed bytes / device bytes", lambda r: _number(r.ratio, 1, "x")),
-    ("decode", "time per token / that of the uncompressed cache, median", lambda r: _number(r.decode_ratio, 2, "x")),
-    ("asked", "how often a head went back to evicted tokens", lambda r: f"{r.recompute_rate or 0:.0%}"),
+    ("recipe", "recipe", lambda r: r.recipe),
+    ("N", "n", lambda r: f"{r.n}" + (f" +{r.errors} failed" if r.errors else "")),
+    ("score", "score", lambda r: _score(r)),
+    ("nll", "nll", lambda r: _number(r.nll, 3)),
+    ("KL", "kl", lambda r: _number(r.kl, 4)),
+    ("device", "device_bytes", lambda r: mb(int(r.device_bytes or 0))),
+    ("host", "host_bytes", lambda r: mb(int(r.host_bytes)) if r.host_bytes else ""),
+    ("ratio", "ratio", lambda r: _number(r.ratio, 1, "x")),
+    ("decode", "decode_ratio", lambda r: _number(r.decode_ratio, 2, "x")),
+    ("asked", "recompute_rate", lambda r: f"{r.recompute_rate or 0:.0%}"),
 )  # fmt: skip
 
 
@@ -206,6 +204,6 @@ def print_table(out: Console, lines: Sequence[Line]) -> None:
             table.add_row(*(escape(value(line)) for _, _, value in COLUMNS))
         out.print(table)
     legend = Table(box=None, pad_edge=False, show_header=False, style="dim")
-    for name, meaning, _ in COLUMNS:
-        legend.add_row(name, meaning)
+    for name, field, _ in COLUMNS:
+        legend.add_row(name, MEANING[field])
     out.print("", legend, sep="\n")

@@ -193,6 +193,11 @@ def method(paper: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
+def role_of(build: Callable[..., Part]) -> str:
+    """Of what a method builds."""
+    return inspect.signature(build, eval_str=True).return_annotation.role
+
+
 def _arguments(signature: inspect.Signature) -> str:
     return (
         "("

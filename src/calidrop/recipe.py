@@ -100,17 +100,37 @@ def _read(recipe: str | Part | Recipe) -> Recipe:
     if not isinstance(recipe, str):
         raise ValueError(f"expected a recipe string or parts joined by +, got {type(recipe).__name__}")
     try:
-        tree = ast.parse(recipe.strip(), mode="eval").body
+        calls = _calls(recipe)
     except SyntaxError:
         raise ValueError(f"cannot read the recipe {recipe!r}; write it like 'snapkv(budget=512)+calidrop'") from None
-    return Recipe(tuple(_parts(tree, recipe)))
+    return Recipe(tuple(_part(call, recipe) for call in calls))
 
 
-def _parts(node: ast.expr, recipe: str) -> list[Part]:
+def outline(recipe: str) -> list[tuple[str, str]]:
+    """(method, text) of each part, as written: nothing is built or checked. Empty for what is no recipe."""
+    try:
+        calls = _calls(recipe)
+    except SyntaxError:
+        return []
+    names = [call.func if isinstance(call, ast.Call) else call for call in calls]
+    return [(n.id, ast.unparse(c)) for n, c in zip(names, calls, strict=True) if isinstance(n, ast.Name)]
+
+
+def _calls(recipe: str) -> list[ast.expr]:
+    """What is joined by +. Raises SyntaxError."""
+    left, calls = [ast.parse(recipe.strip(), mode="eval").body], []
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            left += [node.right, node.left]
+        else:
+            calls.append(node)
+    return calls
+
+
+def _part(node: ast.expr, recipe: str) -> Part:
     from calidrop.methods import METHODS
 
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _parts(node.left, recipe) + _parts(node.right, recipe)
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node
     if not isinstance(name, ast.Name):
@@ -129,4 +149,4 @@ def _parts(node: ast.expr, recipe: str) -> list[Part]:
         raise ValueError(
             f"the arguments of {ast.unparse(node)!r} must be plain numbers, words in quotes or True/False, each once"
         )
-    return [METHODS[name.id](*args, **kwargs)]
+    return METHODS[name.id](*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -78,8 +79,12 @@ def read_text(path: Path | None) -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"cannot write {path}: a folder, or in a folder that does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
 
 
 def need(*packages: str, extra: str) -> None:

@@ -77,12 +77,16 @@ class Folder:
         return lines
 
 
-def lines(path: Path) -> list[Line]:
-    """The table of a folder as it is. Raises ValueError where there are no rows."""
+def rows_of(path: Path) -> list[Row]:
+    """Of a folder as it is. Raises ValueError where there are none."""
     rows = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
     if not rows:
         raise ValueError(f"{path} has no rows: no folder of a run, or an empty one")
-    return table(rows)
+    return rows
+
+
+def lines(path: Path) -> list[Line]:
+    return table(rows_of(path))
 
 
 def _write(path: Path, told: Any) -> None:

@@ -76,10 +76,21 @@ def read(path: Path) -> list[Row]:
     *lines, _ = path.read_text("utf-8").split("\n")
     for n, line in enumerate(lines, 1):
         try:
-            rows.append(Row(**json.loads(line)))
+            rows.append(_checked(Row(**json.loads(line))))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {n} is no row: {error}") from None
     return rows
+
+
+KINDS = {"str": str, "int": int, "float": (int, float), "None": type(None), "dict[str, str]": dict}
+
+
+def _checked(row: Row) -> Row:
+    for name, one in Row.__dataclass_fields__.items():
+        value, kinds = getattr(row, name), str(one.type).split(" | ")
+        if not any(isinstance(value, KINDS[kind]) for kind in kinds):
+            raise ValueError(f"{name} must be {one.type}, got {value!r}")
+    return row
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

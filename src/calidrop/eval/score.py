@@ -9,7 +9,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import mean
+from statistics import fmean, mean
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """(prediction, answers, classes) -> score"""
@@ -162,5 +162,5 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 1000) -> tuple
     if len(values) < 2:
         return None
     draw = random.Random(seed)
-    means = sorted(mean(draw.choices(values, k=len(values))) for _ in range(draws))
+    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(draws))
     return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]

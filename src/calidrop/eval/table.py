@@ -44,6 +44,24 @@ class Line:
     errors: int = 0
 
 
+MEANING = {
+    "recipe": "what the cache does",
+    "n": "samples",
+    "score": "of 1, with its 95 % bootstrap interval",
+    "nll": "nats per token of the right answer; lower is better",
+    "kl": "nats along the right answer, from the uncompressed cache",
+    "agreement": "how often the likeliest token is the uncompressed cache's",
+    "device_bytes": "MB (10^6 bytes) held on the device",
+    "host_bytes": "the same on the host",
+    "ratio": "uncompressed bytes / device bytes",
+    "prefill_s": "seconds to attend and compress the prompt, mean",
+    "decode_ms_per_token": "milliseconds per decoded token, median",
+    "decode_ratio": "time per token / that of the uncompressed cache, median",
+    "recompute_rate": "how often a head went back to evicted tokens",
+}
+"""Of fields, in the words of the tables that people see."""
+
+
 def table(rows: Iterable[Row]) -> list[Line]:
     """In the order in which cells and recipes first came."""
     told: dict[tuple[Cell, str], list[Row]] = defaultdict(list)

@@ -1,0 +1,1 @@
+"""`calidrop report`: a run of `calidrop eval` as one page, and as pictures."""
