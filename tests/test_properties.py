@@ -1,7 +1,8 @@
 """The four properties of every store, for every method and many compositions, on random tensors.
 
 1. it answers as plain attention over its own `tokens()` would; 2. no token is in it twice; 3. none is lost, unless it
-says that it drops; 4. the bytes it reports are the bytes of the tensors that are really alive.
+says that it drops; 4. the bytes it reports are the bytes of the tensors that are really alive; and where it says that
+its tokens are, they are.
 """
 
 import gc
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from calidrop.attention import Queries, attend, merge
+from calidrop.holding import places
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
@@ -117,6 +119,7 @@ def test_four_properties(recipe, rows, heads, group):
         seen += T
         check_tokens(layer, pads[:, :seen])
         check_bytes(layer)
+        check_holdings(layer, pads[:, :seen])
 
 
 def check_tokens(layer, real):
@@ -147,3 +150,20 @@ def check_bytes(layer):
     rope = 8 * 4  # the model's own frequencies, reachable through expected_attention's score
     reported = held_bytes(layer.state) + held_bytes(layer.state, host=True)
     assert sum(found.values()) - reported in (0, rope), (sum(found.values()), reported)
+
+
+def check_holdings(layer, real):
+    """`holdings` against `tokens`: what is there is so in a form that says it, the rest in one that says that."""
+    stored = layer.state.store.tokens() + ([layer.state.window.tokens()] if len(layer.state.window) else [])
+    heads = stored[-1].pos.shape[1]
+    there = torch.zeros(real.shape[0], heads, real.shape[1] + 1, dtype=torch.bool)
+    for t in stored:
+        there.scatter_(2, t.pos.long().masked_fill(t.pos < 0, real.shape[1]), True)
+    holdings = layer.holdings()
+    at = places(holdings, real, heads)
+    absent = [i for i, h in enumerate(holdings) if h.pos is None]
+    assert {holdings[i].form for i in absent} <= {"gone", "summary"}
+    assert bool(absent) == layer.state.store.drops
+    assert all(h.form in ("exact", "coded", "host") for h in holdings if h.pos is not None)
+    assert torch.equal(at >= 0, real[:, None].expand_as(at)), "a pad has a form, or a token none"
+    assert torch.equal(torch.isin(at, torch.tensor(absent)), real[:, None] & ~there[..., :-1])
