@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from browser import browser, chromium  # noqa: F401  fixtures
+
 torch.set_num_threads(1)  # xdist runs one process per core
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as triton is imported, by the first test that asks for a kernel
