@@ -309,7 +309,7 @@ class LayerKV(CacheLayerMixin):
     def holdings(self) -> list[Holding]:
         """In what form this layer has every token it saw; nothing where it saw none."""
         s = self.state
-        out = [Holding("exact", "in the exact window", s.window.pos.value)] if len(s.window) else []
+        out = [Holding("exact", "among the last tokens, as it came", s.window.pos.value)] if len(s.window) else []
         out += s.store.holdings() if s.store is not None else []
         if self.reach is not None and s.seen:
             out.append(Holding("blind", f"behind the {self.reach} tokens that this layer looks back", None))
