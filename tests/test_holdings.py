@@ -7,7 +7,7 @@ from calidrop.cache import KVCache
 from calidrop.holding import FORMS, places
 from calidrop.plugin import using
 from calidrop.state import held_bytes
-from helpers import positions, predictor, random_qkv, run
+from helpers import check_holdings, positions, predictor, random_qkv, run
 from tiny import batch, tiny
 
 D = 16
@@ -110,6 +110,7 @@ def test_a_layer_that_looks_back_some_way(family):
     every = int(real.sum()) * 2
     for layer, holdings in zip(cache.layers, cache.holdings(), strict=True):
         n = counts(layer, real)
+        check_holdings(layer, real)
         assert [h.form for h in holdings] == [h.form for h in layer.holdings()]
         if layer.reach:
             assert n["exact"] == 2 * 2 * 24
@@ -139,4 +140,4 @@ def test_rows_move_with_the_batch():
 
 def test_nothing_yet():
     cache = KVCache(tiny(), "snapkv(budget=24, recent=8)")
-    assert all(not [h for h in holdings if h.pos is not None] for holdings in cache.holdings())
+    assert not any(cache.holdings())

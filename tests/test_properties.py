@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from calidrop.attention import Queries, attend, merge
-from calidrop.holding import places
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
@@ -19,7 +18,7 @@ from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes
-from helpers import predictor
+from helpers import check_holdings, predictor
 from tiny import soft
 
 EVICTORS = [
@@ -150,20 +149,3 @@ def check_bytes(layer):
     rope = 8 * 4  # the model's own frequencies, reachable through expected_attention's score
     reported = held_bytes(layer.state) + held_bytes(layer.state, host=True)
     assert sum(found.values()) - reported in (0, rope), (sum(found.values()), reported)
-
-
-def check_holdings(layer, real):
-    """`holdings` against `tokens`: what is there is so in a form that says it, the rest in one that says that."""
-    stored = layer.state.store.tokens() + ([layer.state.window.tokens()] if len(layer.state.window) else [])
-    heads = stored[-1].pos.shape[1]
-    there = torch.zeros(real.shape[0], heads, real.shape[1] + 1, dtype=torch.bool)
-    for t in stored:
-        there.scatter_(2, t.pos.long().masked_fill(t.pos < 0, real.shape[1]), True)
-    holdings = layer.holdings()
-    at = places(holdings, real, heads)
-    absent = [i for i, h in enumerate(holdings) if h.pos is None]
-    assert {holdings[i].form for i in absent} <= {"gone", "summary"}
-    assert bool(absent) == layer.state.store.drops
-    assert all(h.form in ("exact", "coded", "host") for h in holdings if h.pos is not None)
-    assert torch.equal(at >= 0, real[:, None].expand_as(at)), "a pad has a form, or a token none"
-    assert torch.equal(torch.isin(at, torch.tensor(absent)), real[:, None] & ~there[..., :-1])

@@ -309,9 +309,11 @@ class LayerKV(CacheLayerMixin):
     def holdings(self) -> list[Holding]:
         """In what form this layer has every token it saw; nothing where it saw none."""
         s = self.state
+        if not s.seen:
+            return []
         out = [Holding("exact", "among the last tokens, as it came", s.window.pos.value)] if len(s.window) else []
         out += s.store.holdings() if s.store is not None else []
-        if self.reach is not None and s.seen:
+        if self.reach is not None:
             out.append(Holding("blind", f"behind the {self.reach} tokens that this layer looks back", None))
         return out
 

@@ -189,7 +189,7 @@ class Predicted(Store):
     def holdings(self) -> list[Holding]:
         out = [h for s in (self.first, self.waiting, self.codec, *self._fetched()) for h in s.holdings()]
         if self.log.segments:
-            out.append(Holding("host", "on the host, fetched when expected to matter", self.log.positions()))
+            out.append(Holding("host", "fetched when it is expected to matter", self.log.positions()))
         return out
 
     def describe(self) -> str:

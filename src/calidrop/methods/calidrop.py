@@ -178,10 +178,10 @@ class Calibrated(Store):
         return [_tokens(chunk) for chunk in self.log.chunks(whole=True)] if self.log is not None else []
 
     def holdings(self) -> list[Holding]:
-        virtual = f"in {self.summary.size} virtual tokens per kv head" if self.summary is not None else ""
+        by = f"{self.summary.size} virtual tokens per kv head" if self.summary is not None else ""
         if self.log is None:
-            return [Holding("summary", virtual or "in one answer per query head", None)]
-        how = f"on the host, and {virtual}" if virtual else "on the host, answered for from memory"
+            return [Holding("summary", by or "one remembered answer per query head", None)]
+        how = "answered for from memory" + (f" and by {by}" if by else "")
         return [Holding("host", how, self.log.positions())] if self.log.segments else []
 
     @property

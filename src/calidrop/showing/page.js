@@ -10,6 +10,7 @@
   };
   const MARKED = ["coded", "host", "summary"];
   const { layers, heads, context, held } = data("shown");
+  const narrow = matchMedia("(max-width: 700px)");
   const at = { recipe: 0, layer: -1, head: -1, token: -1 };
   const $ = (id) => document.getElementById(id);
   const number = (n, digits = 0) => n.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -76,7 +77,7 @@
       const f = share(now, i), mark = marked(now, i), look = `${f} ${mark}`;
       if (it.look === look) return; // most look the same from step to step
       it.look = look;
-      it.style.setProperty("--f", f > 0 ? (0.1 + 0.9 * f).toFixed(3) : "0");
+      it.style.setProperty("--f", f > 0 ? (0.15 + 0.85 * f).toFixed(3) : "0");
       it.classList.toggle("none", f === 0);
       MARKED.forEach((form) => it.classList.toggle(`m-${form}`, form === mark));
     });
@@ -120,17 +121,29 @@
   const where = () =>
     `${at.layer < 0 ? `all ${layers} layers` : `layer ${at.layer}`}, ${at.head < 0 ? `all ${heads} kv heads` : `kv head ${at.head}`}`;
 
+  const cells = () => (at.layer < 0 ? layers : 1) * (at.head < 0 ? heads : 1);
+
   function summarise() {
-    const one = held[at.recipe], n = one.columns, told = [0, 0, 0];
-    for (let i = 0; i < n; i++) told[share(now, i) === 1 ? 0 : share(now, i) > 0 ? 1 : 2]++;
-    const cells = (at.layer < 0 ? layers : 1) * (at.head < 0 ? heads : 1);
-    const [every, some, none] = told.map((x) => number(x));
+    const one = held[at.recipe], n = one.columns;
+    let every = 0, some = 0, none = 0, host = 0, summary = 0;
+    for (let i = 0; i < n; i++) {
+      const f = share(now, i);
+      if (f === 1) every++;
+      else if (f > 0) some++;
+      else {
+        none++;
+        if (now[2][i]) host++;
+        else if (now[3][i]) summary++;
+      }
+    }
+    const rest = [[host, "are in host memory"], [summary, "are remembered as a part of something"]];
+    const still = rest.filter(([x]) => x).map(([x, words]) => `${number(x)} of these ${words}`).join(", ");
     $("sum").replaceChildren(
       make("b", {}, `Of ${number(n)} tokens`), " ",
-      cells === 1
-        ? `${every} are held on the device, ${none} are not`
-        : `${every} are held on the device by every head, ${some} by some of them, ${none} by none`,
-      ` (${where()}).`,
+      cells() === 1
+        ? `${number(every)} are held on the device, ${number(none)} are not`
+        : `${number(every)} are held on the device by every head, ${number(some)} by some of them, ${number(none)} by none`,
+      `${still ? `; ${still}` : ""} (${where()}).`,
       one.asked > 0 ? ` While writing, a head went back to those on the host in ${number(100 * one.asked, 0)} % of the cases.` : "",
     );
   }
@@ -138,16 +151,14 @@
   function legend() {
     const one = held[at.recipe], there = new Set(held.flatMap((x) => x.kinds.map(([form]) => form)));
     const items = [make("span", {}, "held by no head", make("span", { class: "ramp" }), "all heads")];
-    for (const form of MARKED.filter((form) => there.has(form))) {
-      const sample = make("span", { class: `t m-${form}` }, "word");
-      sample.style.setProperty("--f", form === "coded" ? 0.6 : 0);
-      const how = one.kinds.filter(([f]) => f === form).map(([, text]) => text);
+    for (const form of FORMS.filter((form) => there.has(form) && form !== "blind")) {
+      const look = MARKED.includes(form) ? `m-${form}` : form === "gone" ? "none" : "";
+      const sample = make("span", { class: `t ${look}` }, "word");
+      sample.style.setProperty("--f", form === "exact" || form === "coded" ? 0.6 : 0);
+      const how = form === "coded" ? one.kinds.filter(([f]) => f === form).map(([, text]) => text) : [];
       const svg = make("svg", { viewBox: "0 0 22 14" }, make("rect", { class: form, width: 22, height: 14 }));
       items.push(make("span", {}, svg, sample, NAMES[form] + (how.length ? ` (${how.join("; ")})` : "")));
     }
-    const gone = make("span", { class: "t none" }, "word");
-    gone.style.setProperty("--f", 0);
-    items.push(make("span", {}, gone, "held nowhere on the device"));
     $("legend").replaceChildren(...items);
   }
 
@@ -186,17 +197,23 @@
     const text = JSON.stringify(it.textContent).slice(1, -1).replaceAll('\\"', '"');
     box.replaceChildren(
       make("b", {}, text ? `“${text}”` : "a part of the character before"), ` token ${number(i + 1)} of ${number(one.columns)}`,
+      make("p", { class: "note" }, `In how many of ${number(cells())} kv heads (${where()}):`),
       make("table", {}, ...rows.map(([form, how, n]) =>
         make("tr", {}, make("td", {}, make("b", {}, number(n))), make("td", {}, `${NAMES[form]}: ${how}`)))),
       grid(one),
-      make("p", { class: "note" }, `Every column a layer (${layers}), every row a kv head (${heads}). `
+      make("p", { class: "note" }, `Every column a layer (0–${layers - 1}), every row a kv head. `
         + (mine.length ? `On the device in layer${mine.length > 1 ? "s" : ""} ${ranges(mine)}.` : "On the device in no layer.")),
     );
     const rect = it.getClientRects()[0] || it.getBoundingClientRect(), edge = document.documentElement.clientWidth;
+    if (narrow.matches) { // the tip lies at the bottom, and must not cover its token
+      const hidden = rect.bottom + 8 - box.getBoundingClientRect().top;
+      if (hidden > 0) scrollBy(0, hidden);
+      return;
+    }
     const left = Math.min(Math.max(8, rect.left), edge - box.offsetWidth - 8);
     const below = rect.bottom + box.offsetHeight + 12 < innerHeight;
-    box.style.left = `${left + scrollX}px`;
-    box.style.top = `${scrollY + (below ? rect.bottom + 6 : rect.top - box.offsetHeight - 6)}px`;
+    box.style.setProperty("--x", `${left + scrollX}px`);
+    box.style.setProperty("--y", `${scrollY + (below ? rect.bottom + 6 : rect.top - box.offsetHeight - 6)}px`);
   }
 
   function point(i) {
@@ -270,9 +287,10 @@
   $("recipe").addEventListener("change", () => choose(Number($("recipe").value)));
 
   const index = (event) => Number(event.target.closest?.(".t")?.dataset.i ?? -1);
+  const hovers = (event) => event.pointerType === "mouse" && !narrow.matches;
   for (const box of [$("text"), $("made")]) {
-    box.addEventListener("pointerover", (event) => { if (event.pointerType === "mouse") point(index(event)); });
-    box.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") point(-1); });
+    box.addEventListener("pointerover", (event) => { if (hovers(event)) point(index(event)); });
+    box.addEventListener("pointerleave", (event) => { if (hovers(event)) point(-1); });
     box.addEventListener("click", (event) => point(index(event)));
     box.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

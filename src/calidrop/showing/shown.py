@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,11 +66,17 @@ class Shown:
         return render("showing/page.html", shown=told, model=self.model, tokens=len(self.context))
 
 
-def usual(tokens: int) -> list[str]:
+def usual(model: Any, tokens: int) -> list[str]:
     """Recipes to learn from, for a text of so many tokens."""
+    group = math.gcd(32, KVCache(model).shape[1])
     budget = f"(budget={max(40, tokens // 8)})"
     evict = [f"{name}{budget}" for name in ("snapkv", "h2o", "streaming_llm")]
-    return [*evict, f"snapkv{budget}+calidrop", f"snapkv{budget}+int4", "kivi(bits=2)"]
+    return [
+        *evict,
+        f"snapkv{budget}+calidrop",
+        f"snapkv{budget}+int4",
+        "kivi(bits=2)" if group == 32 else f"kivi(bits=2, group={group})",
+    ]
 
 
 @torch.inference_mode()
@@ -92,7 +99,7 @@ def show(
     ids, pieces = beginning(tokenizer, text, context)
     if recipes is not None and (isinstance(recipes, str) or not recipes):
         raise ValueError(f"recipes must be a list of at least one recipe, got {recipes!r}")
-    names = list(dict.fromkeys(str(parse(recipe)) for recipe in recipes or usual(len(ids))))
+    names = list(dict.fromkeys(str(parse(recipe)) for recipe in recipes or usual(model, len(ids))))
     for name in names:
         KVCache(model, name)  # for its errors
     prompt, found = torch.tensor(ids, device=model.device), {}
