@@ -128,7 +128,7 @@ def test_a_token_tells_its_counts(browser, page, shown):
     held, token = shown.held[1], 12
     browser.hover(f"#text .t:nth-child({token + 1})")
     kinds = [held.kinds[k] for k in held.table[:, :, token].flatten().tolist()]
-    names = {"exact": "held exactly", "coded": "held in fewer bits", "host": "in host memory"}
+    names = {"exact": "held exactly", "coded": "held in fewer bits", "host": "in host memory, can be asked again"}
     want = {name: sum(form == kind for kind, _ in kinds) for form, name in names.items()}
     assert counts(browser) == {name: n for name, n in want.items() if n}
     assert len(browser.all("#tip .cell")) == 4

@@ -181,7 +181,7 @@ class Calibrated(Store):
         by = f"{self.summary.size} virtual tokens per kv head" if self.summary is not None else ""
         if self.log is None:
             return [Holding("summary", by or "one remembered answer per query head", None)]
-        how = "answered for from memory" + (f" and by {by}" if by else "")
+        how = "a remembered answer until then" + (f", and {by}" if by else "")
         return [Holding("host", how, self.log.positions())] if self.log.segments else []
 
     @property
