@@ -110,8 +110,10 @@ def answer(subject: Subject, tokenizer: Any, sample: Sample, later: Tensor, gold
 
 def generate(subject: Subject, tokenizer: Any, sample: Sample, logits: Tensor) -> tuple[list[int], list[float]]:
     """Greedily: tokens and the seconds of each step. An end token is the last; stop strings end it too."""
+    ends = subject.model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
     tokens, seconds = [int(logits.argmax())], []
-    while len(tokens) < sample.max_new_tokens and tokens[-1] not in subject.ends:
+    while len(tokens) < sample.max_new_tokens and tokens[-1] not in ends:
         if sample.stop and any(stop in tokenizer.decode(tokens) for stop in sample.stop):
             break
         start = now(logits)

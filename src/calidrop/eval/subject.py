@@ -31,12 +31,6 @@ class Subject(ABC):
     def __init__(self, model: Any, logits: Tensor, prefill_s: float):
         self.model, self.logits, self.prefill_s = model, logits, prefill_s
 
-    @property
-    def ends(self) -> set[int]:
-        """The tokens that end a text."""
-        ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends])
-
     @abstractmethod
     def saved(self) -> Any:
         """For `restore`, any number of times."""

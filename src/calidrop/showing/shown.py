@@ -118,9 +118,11 @@ def show(
 
 
 def _go_on(subject: Ours, n: int) -> list[int]:
-    """Greedily. All of it is fed to the cache, the last token too."""
+    """Greedily, until an end token. All of it is fed to the cache, the last token too."""
+    ends = subject.model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
     made, logits = [], subject.logits
-    while len(made) < n and not (made and made[-1] in subject.ends):
+    while len(made) < n and ends.isdisjoint(made):
         made.append(int(logits.argmax()))
         logits = subject.step(made[-1])
     return made
