@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import calidrop
+from calidrop.holding import FORMS
 from calidrop.models import load
+from tiny import tiny
 from words import byte_model
 
 TEXT = "A <script>window.pwned = 1</script> & &amp; <b>x</b>\r\n\n\tnaïve 🦜🏽 日本 العربية\n" + "of the rabbit, " * 7
@@ -50,11 +52,11 @@ def pick(browser, recipe):
 
 
 def share(held, layer=None, head=None):
-    """Per token, the part of the chosen heads that hold it on the device."""
-    there = torch.tensor([form in DEVICE for form, _ in held.kinds])[held.table.long()].double()
-    there = there if layer is None else there[layer : layer + 1]
-    there = there if head is None else there[:, head : head + 1]
-    return there.mean((0, 1))
+    """Per token, the part of the chosen heads, of those that can see it at all, that hold it on the device."""
+    table = held.table if layer is None else held.table[layer : layer + 1]
+    table = (table if head is None else table[:, head : head + 1]).long()
+    there, sees = (torch.tensor([form in of for form, _ in held.kinds])[table] for of in (DEVICE, {*FORMS} - {"blind"}))
+    return there.sum((0, 1)).double() / sees.sum((0, 1)).clamp(min=1)
 
 
 def shades(browser):
@@ -81,6 +83,22 @@ def test_shading_follows_the_controls(browser, page, shown):
     slide(browser, "layer", -1)
     torch.testing.assert_close(shades(browser), expected(share(shown.held[0])), atol=1e-3, rtol=0)
     assert browser.texts("#recipes tr[aria-current=true] .name") == [RECIPES[0]]
+
+
+def test_layers_that_cannot_see_a_token_do_not_count(browser, tmp_path):
+    """One of three layers sees all; of the others only the last 24 tokens."""
+    _, tokenizer = load(byte_model(tmp_path))
+    shown = calidrop.show(tiny("gemma2", vocab_size=258), tokenizer, TEXT[-100:], ["full", "tova(budget=30)"])
+    (tmp_path / "show.html").write_text(shown.page(), "utf-8")
+    ready(browser, tmp_path / "show.html")
+    assert [form for form, _ in shown.held[0].kinds] == ["exact", "blind"]
+    assert shades(browser).min() == 1  # full keeps all that can be seen
+    assert "100 are held on the device by every head" in browser.one("#sum").text
+    slide(browser, "layer", 0)
+    assert "76 of these are out of the layer's sight" in browser.one("#sum").text
+    slide(browser, "layer", -1)
+    browser.choose("#recipe", "tova(budget=30)")
+    torch.testing.assert_close(shades(browser), expected(share(shown.held[1])), atol=1e-3, rtol=0)
 
 
 def test_marks_say_the_form(browser, page, shown):

@@ -19,8 +19,9 @@
   }
 
   function summarise() {
-    const { every, some, none, host, summary } = counts.words(), { asked } = table.told;
-    const rest = [[host, "are in host memory"], [summary, "are remembered as a part of something"]];
+    const { every, some, none, host, summary, blind } = counts.words(), { asked } = table.told;
+    const rest = [[host, "are in host memory"], [summary, "are remembered as a part of something"],
+      [blind, "are out of the layer's sight, whatever the cache"]];
     const still = rest.filter(([n]) => n).map(([n, words]) => `; ${number(n)} of these ${words}`).join("");
     $("sum").replaceChildren(
       make("b", {}, `Of ${number(table.columns)} tokens`), " ",

@@ -64,7 +64,7 @@ class Counts {
   }
 
   words() {
-    let every = 0, some = 0, none = 0, host = 0, summary = 0;
+    let every = 0, some = 0, none = 0, host = 0, summary = 0, blind = 0;
     for (let i = 0; i < this.columns; i++) {
       const share = this.share(i);
       if (share === 1) every++;
@@ -73,8 +73,9 @@ class Counts {
         none++;
         if (this.of("host", i)) host++;
         else if (this.of("summary", i)) summary++;
+        else if (!this.of("gone", i)) blind++;
       }
     }
-    return { every, some, none, host, summary };
+    return { every, some, none, host, summary, blind };
   }
 }
