@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calidrop.holding import places
 from calidrop.layer import LayerKV
 from calidrop.methods import _predictor
 from calidrop.parallel import HeadGroup
@@ -100,3 +101,21 @@ def positions(kv: LayerKV) -> list[list[list[int]]]:
     out = [[sorted(p for t in live(kv) for p in t.pos[b, h].tolist() if p >= 0) for h in range(H)] for b in range(B)]
     assert all(len(set(head)) == len(head) for row in out for head in row)
     return out
+
+
+def check_holdings(kv: LayerKV, real: Tensor) -> None:
+    """`holdings` against `tokens`: what is there is so in a form that says it, the rest in one that says that. real:
+    bool [B,columns]."""
+    stored = live(kv)
+    (B, heads), end = stored[-1].pos.shape[:2], real.shape[1]
+    there = torch.zeros(B, heads, end + 1, dtype=torch.bool)
+    for t in stored:
+        there.scatter_(2, t.pos.long().masked_fill(t.pos < 0, end), True)
+    holdings = kv.holdings()
+    at = places(holdings, real, heads)
+    absent = [i for i, h in enumerate(holdings) if h.pos is None]
+    assert {holdings[i].form for i in absent} <= {"gone", "summary", "blind"}
+    assert bool(absent) == bool(kv.reach or (kv.state.store and kv.state.store.drops))
+    assert all(h.form in ("exact", "coded", "host") for h in holdings if h.pos is not None)
+    assert torch.equal(at >= 0, real[:, None].expand_as(at)), "a pad has a form, or a token none"
+    assert torch.equal(torch.isin(at, torch.tensor(absent)), real[:, None] & ~there[..., :end])

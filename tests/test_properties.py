@@ -1,7 +1,8 @@
 """The four properties of every store, for every method and many compositions, on random tensors.
 
 1. it answers as plain attention over its own `tokens()` would; 2. no token is in it twice; 3. none is lost, unless it
-says that it drops; 4. the bytes it reports are the bytes of the tensors that are really alive.
+says that it drops; 4. the bytes it reports are the bytes of the tensors that are really alive; and where it says that
+its tokens are, they are.
 """
 
 import gc
@@ -17,7 +18,7 @@ from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes
-from helpers import predictor
+from helpers import check_holdings, predictor
 from tiny import soft
 
 EVICTORS = [
@@ -117,6 +118,7 @@ def test_four_properties(recipe, rows, heads, group):
         seen += T
         check_tokens(layer, pads[:, :seen])
         check_bytes(layer)
+        check_holdings(layer, pads[:, :seen])
 
 
 def check_tokens(layer, real):

@@ -26,7 +26,7 @@ from calidrop.rope import Rope
 from calidrop.train import _lowrank as lowrank
 from calidrop.train._text import windows
 from calidrop.train.recalkv import train
-from helpers import ALICE
+from helpers import ALICE, check_holdings
 from tiny import batch, generate, row, tiny, worst
 
 FULL = {"qwen2": "biases", "gemma2": "sliding layers, softcap", "gpt_oss": "yarn, sinks", "mixtral": "groups of heads"}
@@ -192,7 +192,9 @@ def test_answers_as_its_tokens_would(front, behind, files):
     behind = behind.replace(", residual=5", "") if front else behind  # an evictor says what stays exact
     cache = calidrop.KVCache(model, f"{front}recalkv({str(files[0.5])!r}){behind}")
     generate(model, inputs, cache, new=12)
+    there = torch.arange(72) >= torch.tensor([[0], [13]])
     for layer in cache.layers:
+        check_holdings(layer, there)
         store = layer.state.store
         held = store.tokens()
         qs = Queries(torch.randn(2, 6, 1, 16), torch.full((2, 1), 99), 0.25)

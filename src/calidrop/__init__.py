@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from calidrop.models import load as load
     from calidrop.planning import plan as plan
     from calidrop.recipe import Recipe as Recipe
+    from calidrop.showing import show as show
 
 __version__ = "0.1.0"
-__all__ = ["KVCache", "Recipe", "adapt", "load", "plan"]
+__all__ = ["KVCache", "Recipe", "adapt", "load", "plan", "show"]
 
-_HOME = {"KVCache": "cache", "Recipe": "recipe", "adapt": "adapter", "load": "models", "plan": "planning"}
+_HOME = {
+    "KVCache": "cache", "Recipe": "recipe", "adapt": "adapter", "load": "models", "plan": "planning", "show": "showing",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calidrop import ops
+from calidrop.holding import Holding
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
@@ -121,6 +122,11 @@ class KVCache(Cache):
                 more = layer.state.store.recomputed()
                 asked, steps = asked + more[0], steps + more[1]
         return asked / steps if steps else 0.0
+
+    def holdings(self) -> list[list[Holding]]:
+        """Per layer, in what form it has every token. Compresses a waiting prompt first."""
+        self.compress()
+        return [layer.holdings() for layer in self._mine]
 
     def describe(self) -> str:
         """Per layer: what is stored how, tokens, bytes; and what computes attention."""

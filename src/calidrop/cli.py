@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from calidrop import eval_cli, report_cli, train_cli
+from calidrop import eval_cli, report_cli, show_cli, train_cli
 from calidrop.terminal import (
     Context,
     Continuation,
@@ -34,6 +34,7 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False)
 app.add_typer(train_cli.app, name="train", help="Learn once what some methods need, and write it to a file.")
 app.command("eval", cls=eval_cli.Command)(eval_cli.evaluate)
 app.command()(report_cli.report)
+app.command("show")(show_cli.show)
 
 
 def _version(asked: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries
+from calidrop.holding import Holding, positions
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.state import Ragged
@@ -142,6 +143,10 @@ class Coded(Store):
     def tokens(self) -> list[Tokens]:
         return self._restored() + [t for store in self._exact() for t in store.tokens()]
 
+    def holdings(self) -> list[Holding]:
+        units = [Holding("coded", self.format(), positions(self.held))] if self.held is not None else []
+        return units + [h for store in self._exact() for h in store.holdings()]
+
     def open(self) -> list[Tokens]:
         """Decoded: what is kept again is rounded again, on new units if tokens between were dropped."""
         out = self._restored() + [t for store in self._exact() for t in store.open()]
@@ -172,4 +177,4 @@ class Coded(Store):
     def describe(self) -> str:
         units = f"{count(self.held)} units of {self.group}" if self.group > 1 else count(self.held)
         exact = "".join(f", exact {count(store.held)}" for store in self._exact() if store.held is not None)
-        return f"{self.format()} {units}{exact}"
+        return f"{self.format()}: {units}{exact}"

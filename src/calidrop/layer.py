@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries
+from calidrop.holding import Holding
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
@@ -304,6 +305,17 @@ class LayerKV(CacheLayerMixin):
             s.store.add(moving, s.obs)
         if not self.plan.every:
             s.obs = None
+
+    def holdings(self) -> list[Holding]:
+        """In what form this layer has every token it saw; nothing where it saw none."""
+        s = self.state
+        if not s.seen:
+            return []
+        out = [Holding("exact", "among the last tokens, as it came", s.window.pos.value)] if len(s.window) else []
+        out += s.store.holdings() if s.store is not None else []
+        if self.reach is not None:
+            out.append(Holding("blind", f"behind the {self.reach} tokens that this layer looks back", None))
+        return out
 
     def describe(self) -> str:
         s = self.state

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calidrop.holding import positions
 from calidrop.state import Host, Ragged, State, tensors
 
 CHUNK_BYTES = 16 << 20  # what one fetch brings to the device at once
@@ -68,6 +69,10 @@ class HostLog(Host):
     def lens(self) -> Tensor:
         """int64 [B,H], how much each list holds; on the host."""
         return torch.stack([s.lens for s in self.segments]).sum(0)
+
+    def positions(self) -> Tensor:
+        """int [B,H,N], the column "pos" of everything, -1 where a list has less; on the host."""
+        return torch.cat([positions(s) for s in self.segments], 2)
 
     def chunks(self, whole: bool = False) -> Iterator[Chunk]:
         """Everything, in pieces of about CHUNK_BYTES, or `whole` segments at once."""

@@ -162,6 +162,12 @@ class Ragged(State):
         index = (starts + steps).masked_fill(~valid, 0)
         return {name: x[index] for name, x in self.data.items()}, valid
 
+    def only(self, *names: str) -> Ragged:
+        """With these columns alone. Shares their memory."""
+        new = copy.copy(self)
+        new.data = {name: self.data[name] for name in names}
+        return new
+
     def append(self, data: dict[str, Tensor], keep: Tensor) -> Ragged:
         """This content followed by the marked slots of `data`, as a new Ragged. Columns must have the same names."""
         old, valid = self.padded()

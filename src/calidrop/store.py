@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries
+from calidrop.holding import Holding, positions
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.state import Ragged, State
@@ -64,6 +65,10 @@ class Store(State, ABC):
     @abstractmethod
     def tokens(self) -> list[Tokens]:
         """What is stored, decoded: the oracle answers from these."""
+
+    @abstractmethod
+    def holdings(self) -> list[Holding]:
+        """In what form it has every token it took in, read off what is stored; nothing is decoded or changed."""
 
     @property
     def drops(self) -> bool:
@@ -128,6 +133,9 @@ class Exact(Store):
             return []
         return [Tokens.from_columns(*self.held.padded())]
 
+    def holdings(self) -> list[Holding]:
+        return [Holding("exact", "as it came", positions(self.held))] if self.held is not None else []
+
     def open(self) -> list[Tokens]:
         held = self.tokens()
         self.held = None
@@ -168,6 +176,9 @@ class Discard(Store):
     def tokens(self) -> list[Tokens]:
         return []
 
+    def holdings(self) -> list[Holding]:
+        return [Holding("gone", "dropped", None)]
+
     @property
     def drops(self) -> bool:
         return True
@@ -203,6 +214,9 @@ class Split(Store):
 
     def tokens(self) -> list[Tokens]:
         return self.kept.tokens() + self.rest.tokens()
+
+    def holdings(self) -> list[Holding]:
+        return self.kept.holdings() + self.rest.holdings()
 
     @property
     def drops(self) -> bool:

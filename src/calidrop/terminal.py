@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -69,11 +70,12 @@ def stdout() -> Console:
     return Console(width=shutil.get_terminal_size((100, 24)).columns, highlight=False)
 
 
-def read_text(path: Path | None) -> str:
+def read_text(path: Path | None, default: str = "time_machine.txt") -> str:
+    """Of a file, of stdin (-), or of a book that comes along."""
     if path is None:
-        return (resources.files("calidrop") / "data" / "time_machine.txt").read_text("utf-8")
+        return (resources.files("calidrop") / "data" / default).read_text("utf-8")
     try:
-        return path.read_text("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8") if str(path) == "-" else path.read_text("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
 

@@ -45,7 +45,7 @@ class PerToken(Coded):
         return {"kind": "per token", "bits": self.bits, "rotate": self.rotate}
 
     def format(self) -> str:
-        return f"{self.bits}-bit per token{', rotated' if self.rotate else ''},"
+        return f"{self.bits}-bit per token{', rotated' if self.rotate else ''}"
 
 
 class Float8(Coded):
@@ -74,4 +74,4 @@ class Float8(Coded):
         return {"kind": "e4m3", "bits": 8}
 
     def format(self) -> str:
-        return "e4m3 per token,"
+        return "8-bit floats per token"

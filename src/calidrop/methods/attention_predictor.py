@@ -12,6 +12,7 @@ from calidrop import budgets, ops
 from calidrop.attention import Partial, Queries, logits, merge
 from calidrop.budgets import Amount, best
 from calidrop.coded import whole_units
+from calidrop.holding import Holding
 from calidrop.methods._predictor import Average, Expectation, load
 from calidrop.methods._rows import Rows, pooled_rows
 from calidrop.observe import Observation
@@ -183,6 +184,12 @@ class Predicted(Store):
         out = [t for store in (self.first, self.waiting, self.codec) for t in store.tokens()]
         for chunk in self.log.chunks(whole=True):
             out += self.codec.reader(Ragged(chunk.data, chunk.keep).opened()).tokens()
+        return out
+
+    def holdings(self) -> list[Holding]:
+        out = [h for s in (self.first, self.waiting, self.codec, *self._fetched()) for h in s.holdings()]
+        if self.log.segments:
+            out.append(Holding("host", "fetched when it is expected to matter", self.log.positions()))
         return out
 
     def describe(self) -> str:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries, finite, logits, merge
+from calidrop.holding import Holding
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
 from calidrop.offload import Chunk, HostLog
@@ -175,6 +176,13 @@ class Calibrated(Store):
 
     def tokens(self) -> list[Tokens]:
         return [_tokens(chunk) for chunk in self.log.chunks(whole=True)] if self.log is not None else []
+
+    def holdings(self) -> list[Holding]:
+        by = f"{self.summary.size} virtual tokens per kv head" if self.summary is not None else ""
+        if self.log is None:
+            return [Holding("summary", by or "one remembered answer per query head", None)]
+        how = "a remembered answer until then" + (f", and {by}" if by else "")
+        return [Holding("host", how, self.log.positions())] if self.log.segments else []
 
     @property
     def drops(self) -> bool:

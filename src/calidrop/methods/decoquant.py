@@ -91,7 +91,7 @@ class Decomposed(Coded):
         return self.of_keys.whole(k), self.of_values.whole(v)
 
     def format(self) -> str:
-        return f"{self.bits}-bit large factors,"
+        return f"{self.bits}-bit large factors"
 
 
 @method("DecoQuant, arXiv 2405.12591")

@@ -44,7 +44,7 @@ class ChannelKeys(Coded):
         return {"kind": "per channel", "bits": self.bits, "channels": self.group}
 
     def format(self) -> str:
-        return f"{self.bits}-bit keys per channel, values per token,"
+        return f"{self.bits}-bit keys per channel, values per token"
 
 
 @method("KIVI, arXiv 2402.02750")

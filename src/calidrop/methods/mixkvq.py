@@ -55,7 +55,7 @@ class Tiers(Coded):
         return k, _decoded(data, "v", self.values, min(self.per, width))
 
     def format(self) -> str:
-        return "{}/{}/{} key channels at 16/4/2 bits, {}-bit values,".format(*self.quota, self.values)
+        return "{}/{}/{} key channels at 16/4/2 bits, {}-bit values".format(*self.quota, self.values)
 
 
 def _coded(name: str, x: Tensor, bits: int, group: int) -> dict[str, Tensor]:

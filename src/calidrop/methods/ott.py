@@ -66,7 +66,7 @@ class Traced(Coded):
         return {"kind": "per channel", "bits": self.bits, "channels": self.channels}
 
     def format(self) -> str:
-        return f"{self.bits}-bit with {self.size} smallest keys traced,"
+        return f"{self.bits}-bit with {self.size} smallest keys traced"
 
 
 def _without(t: Tokens, out: Tensor) -> Tokens:

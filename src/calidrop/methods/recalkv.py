@@ -8,6 +8,7 @@ from torch import Tensor
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries
+from calidrop.holding import Holding
 from calidrop.methods._latents import Artefact, Basis
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
@@ -62,6 +63,12 @@ class Latents(Store):
     def tokens(self) -> list[Tokens]:
         return [self._whole(z) for z in self.inner.tokens()]
 
+    def holdings(self) -> list[Holding]:
+        return [
+            replace(h, pos=h.pos.expand(-1, self.basis.heads, -1)) if h.pos is not None else h
+            for h in (inner.narrower(self._dims()) for inner in self.inner.holdings())
+        ]
+
     def open(self) -> list[Tokens]:
         return [self._whole(z) for z in self.inner.open()]
 
@@ -70,9 +77,11 @@ class Latents(Store):
         return self.inner.drops
 
     def describe(self) -> str:
+        return f"{self._dims()}: {self.inner.describe()}"
+
+    def _dims(self) -> str:
         whole = self.basis.values.shape[0]
-        ranks = f"{self.basis.key_rank} and {self.basis.value_rank} of {whole}"
-        return f"keys and values of all heads in {ranks} dims: {self.inner.describe()}"
+        return f"keys and values of all heads in {self.basis.key_rank} and {self.basis.value_rank} of {whole} dims"
 
 
 @method("ReCalKV, arXiv 2505.24357")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from calidrop import ops
 from calidrop.attention import Partial, Queries
+from calidrop.holding import Holding
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Shrink, check_number, method
@@ -81,6 +82,9 @@ class ThinKeys(Store):
     def tokens(self) -> list[Tokens]:
         return [self._whole(t) for t in self.inner.tokens()]
 
+    def holdings(self) -> list[Holding]:
+        return [h.narrower(self._channels()) for h in self.inner.holdings()]
+
     def open(self) -> list[Tokens]:
         return [self._whole(t) for t in self.inner.open()]
 
@@ -110,9 +114,11 @@ class ThinKeys(Store):
         return self.inner.trackers()
 
     def describe(self) -> str:
-        values = f" and {self.values} of values" if self.values is not None else ""
         by = f" (answered by {self.by})" if "torch" in self.by else ""
-        return f"{self.keep} channels of keys{values}: {self.inner.describe()}{by}"
+        return f"{self._channels()}: {self.inner.describe()}{by}"
+
+    def _channels(self) -> str:
+        return f"{self.keep} channels of keys" + (f" and {self.values} of values" if self.values is not None else "")
 
 
 @method("ThinK, arXiv 2407.21018")

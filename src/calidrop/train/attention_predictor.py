@@ -21,6 +21,7 @@ from torch import Tensor
 from calidrop import __version__
 from calidrop.attention import Partial, Queries
 from calidrop.cache import KVCache, layers_of
+from calidrop.holding import Holding
 from calidrop.methods._predictor import Average, Predictor, save
 from calidrop.methods._rows import pooled_rows
 from calidrop.observe import Observation
@@ -63,6 +64,9 @@ class _Rows(Store):
     @property
     def drops(self) -> bool:
         return True
+
+    def holdings(self) -> list[Holding]:
+        return [Holding("gone", "seen in rows of attention", None)]
 
     def describe(self) -> str:
         return "rows of attention"
