@@ -75,7 +75,7 @@ def main() -> None:
     made = []
     with progress() as tick:
         for length in map(int, args.lengths.split(",")):
-            for task, n in (("fidelity", args.pages), ("needle", args.needles)):
+            for task, n in (("needle", args.needles), ("fidelity", args.pages)):
                 ask = Ask((args.model,), chosen, (task,), lengths=(length,), samples=n, together=32, timed=2)
                 made = run(ask, how, args.out, workers, command, tick=tick)
     print_table(stdout(), made)
