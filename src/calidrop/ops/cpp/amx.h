@@ -124,18 +124,18 @@ template <int BITS> inline void scores(int n, const vnni::Fixed& q, int R, float
   }
 }
 
-// n rows of codes, for `rows`
+// n rows of codes, for `rows`; behind the last row weights are 0, whatever they meet
 template <int BITS> inline void lay_values(const char* p, int64_t step, int n, int codes, Buffers& b) {
   using C = vnni::Chunk<64, BITS>;
-  for (int g = 0; g < 16; ++g)  // behind the last row weights are 0, whatever they meet
+  for (int g = 0; g < 16; ++g)
     for (int j = 0; j < codes / 64; ++j) {
-      const auto row = [&](int i) { return C::load(p + std::min(4 * g + i, n - 1) * step + j * C::BYTES); };
+      const auto row = [&](int i) { return p + std::min(4 * g + i, n - 1) * step + j * C::BYTES; };
+      char* to = b.values + 4096 * j + 64 * g;
       __m512i four[4];
-      vnni::weave(row(0), row(1), row(2), row(3), four);
-      for (int u = 0; u < 4; ++u) _mm512_store_si512(b.values + 4096 * j + 1024 * u + 64 * g, four[u]);
+      vnni::weave(C::load(row(0)), C::load(row(1)), C::load(row(2)), C::load(row(3)), four);
+      for (int u = 0; u < 4; ++u) _mm512_store_si512(to + 1024 * u, four[u]);
     }
 }
-
 // `rows` and `add`: as vnni::rows for codes in chunks of 64, at most BLOCK rows of them
 inline void rows(int codes, const vnni::Fixed& w, Buffers& b) {
   fence();

@@ -77,11 +77,14 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
       odd |= y != y;
       top = y > top ? y : top;
     }
-    float m = a.m[r];
     a.shrink[r] = 1.0f;
-    for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
-    for (int i = 0; i < 16; ++i)
-      if (odd[i]) a.l[r] = NAN, m = std::max(m, 0.0f);  // what is no number stays none, to the end
+    const bool none = any(odd);
+    float m = a.m[r];
+    if (none) {  // what is no number stays none, to the end
+      a.l[r] = NAN, m = std::max(m, 0.0f);
+      for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
+    } else
+      m = std::max(m, most(top));
     if (m == NONE) {  // nothing visible so far
       std::memset(x, 0, sizeof(float) * BLOCK);
       continue;
@@ -168,6 +171,10 @@ template <int BITS> void orders(const Call& c, Scratch& w) {
 template <int BITS>
 void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
   const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  bool tiles = false;
+#ifdef CALIDROP_AMX
+  tiles = c.R <= amx::MOST && vnni::width(c.D) == 64 && vnni::width(c.Dv) == 64 && amx::allowed();
+#endif
   orders<BITS>(c, w);
   w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
   float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
@@ -177,10 +184,6 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     for (int d = 0; d < c.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
     for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = w.straight[w.k_order[d]];
   }
-  bool tiles = false;
-#ifdef CALIDROP_AMX
-  tiles = c.R <= amx::MOST && vnni::width(c.D) == 64 && vnni::width(c.Dv) == 64 && amx::allowed();
-#endif
 #ifdef CALIDROP_VNNI
   w.left.size(c.R, c.D, tiles), w.right.size(c.R, BLOCK, tiles);
   for (int r = 0; r < c.R; ++r) w.left.set(r, w.q.data() + r * c.D, c.D);
@@ -219,14 +222,15 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     halves(ks + t * x.k_scale.slot, x.k_scale.slot, n, scale);
     halves(kz + t * x.k_zero.slot, x.k_zero.slot, n, zero);
     for (int r = 0; r < c.R; ++r) {
-      float* s = w.s.data() + r * BLOCK;
-      for (int i = 0; i < n; ++i) s[i] = s[i] * scale[i] + zero[i] * zero_q[r];
+      float* __restrict s = w.s.data() + r * BLOCK;
+      const float z = zero_q[r];
+      for (int i = 0; i < n; ++i) s[i] = s[i] * scale[i] + zero[i] * z;
     }
     softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
     halves(vs + t * x.v_scale.slot, x.v_scale.slot, n, scale);
     halves(vz + t * x.v_zero.slot, x.v_zero.slot, n, zero);
     for (int r = 0; r < c.R; ++r) {
-      float* s = w.s.data() + r * BLOCK;
+      float* __restrict s = w.s.data() + r * BLOCK;
       zero_v[r] = zero_v[r] * w.part.shrink[r] + inner(s, zero, n);
       for (int i = 0; i < n; ++i) s[i] *= scale[i];
     }

@@ -35,6 +35,25 @@ inline float sum(V x) {
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
+// the largest of numbers none of which is NaN
+inline float most(V x) {
+  Lanes<8>::F a, b;
+  std::memcpy(&a, &x, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
+  a = a > b ? a : b;
+  Lanes<4>::F c, d;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  c = c > d ? c : d;
+  return std::max(std::max(c[0], c[2]), std::max(c[1], c[3]));
+}
+
+inline bool any(Lanes<16>::I x) {
+  int64_t w[8];
+  std::memcpy(w, &x, 64);
+  return ((w[0] | w[1]) | (w[2] | w[3])) | ((w[4] | w[5]) | (w[6] | w[7]));
+}
+
 // e^x for x <= 0, relative error 2e-7; below -87 it is 0
 inline V exp(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number

@@ -47,9 +47,13 @@ struct Fixed {
       const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(128)), 8);
       const __m128i a = _mm512_cvtepi32_epi8(top), b = _mm512_cvtepi32_epi8(_mm512_sub_epi32(w, _mm512_slli_epi32(top, 8)));
       rest += y - (V)_mm512_cvtepi32_ps(w);
-      const int bytes = std::min(16, 4 * words - i);
-      std::memcpy(h + i, &a, bytes);
-      std::memcpy(l + i, &b, bytes);
+      if (i + 16 <= 4 * words) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(h + i), a);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(l + i), b);
+      } else {  // words are even
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(h + i), a);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(l + i), b);
+      }
     }
     lost[r] = sum(rest) * step[r];
   }
