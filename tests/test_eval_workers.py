@@ -3,6 +3,9 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -78,6 +81,22 @@ def test_a_job_that_kills_its_process_is_given_up(ask, tmp_path, monkeypatch):
 
 def die(*_):
     os._exit(3)
+
+
+def test_no_worker_outlives_the_run():
+    program = [sys.executable, str(Path(__file__).with_name("sleeping_workers.py"))]
+    parent = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+        found = psutil.Process(parent.pid).children()
+        assert len(found) >= 2
+        assert parent.poll() is None
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs(found, timeout=10)
+    assert not alive
 
 
 def test_ray(ask, expected, tmp_path):

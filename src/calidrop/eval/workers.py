@@ -4,11 +4,14 @@ who asked writes them."""
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from calidrop.eval.cell import Job, measure
@@ -71,6 +74,18 @@ def here(how: How) -> Workers:
     return run
 
 
+def end_with_parent() -> None:
+    """In a worker: do not go on with a job that nobody waits for any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def processes(n: int, how: How) -> Workers:
     """n processes. Those that die are replaced, and what they did is done again, until a job has died STRIKES times."""
 
@@ -79,7 +94,7 @@ def processes(n: int, how: How) -> Workers:
         index = {id(job): i for i, job in enumerate(jobs)}
         while waiting:
             running: dict[Future, Job] = {}
-            with ProcessPoolExecutor(n, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), end_with_parent) as pool:
                 try:
                     while waiting or running:
                         while waiting and len(running) < n:  # no more, so that those running are the suspects
