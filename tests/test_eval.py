@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import lzma
 
 import pytest
 import torch
@@ -236,6 +237,24 @@ def test_run_goes_on(folder, tmp_path):
     told = json.loads((out / "run.json").read_text())
     assert len(told["commands"]) == 4
     assert told["commands"][-1]["asked"]["recipes"] == ["full", SNAP, "int8"]
+
+
+def test_packed_rows(folder, tmp_path):
+    """They are read as they are, and a run goes on with them."""
+    out, few = tmp_path / "run", {"tasks": ("fidelity",), "samples": 1}
+    table = go(folder, out, **few)
+    text = (out / "rows.jsonl").read_bytes()
+    (out / "rows.jsonl").unlink()
+    (out / "rows.jsonl.xz").write_bytes(lzma.compress(text))
+    assert lines(out) == table
+    assert not (out / "rows.jsonl").exists()
+    assert len(go(folder, out, tasks=("fidelity",), samples=2)) == len(table)
+    assert (out / "rows.jsonl").read_bytes().startswith(text)
+    assert len(read(out / "rows.jsonl")) == 2 * len(table)
+    (out / "rows.jsonl").unlink()
+    (out / "rows.jsonl.xz").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.xz cannot be unpacked"):
+        lines(out)
 
 
 def test_errors_are_tried_again(folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from calidrop.eval.rows import Row, append, mend, read
+from calidrop.eval.rows import Row, append, mend, read, there, unpack
 from calidrop.eval.table import Line, table
 from calidrop.eval.versions import machine, versions
 
@@ -24,7 +24,7 @@ class Folder:
         self.path, self.settings = path, dict(settings)
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is no folder")
-        self.rows = read(self._rows) if self._rows.is_file() else []
+        self.rows = read(self._rows) if there(self._rows) else []
         self.told = json.loads(self._run.read_text("utf-8")) if self._run.is_file() else None
         if self.told is None and (self.rows or (path.is_dir() and any(path.iterdir()))):
             raise ValueError(f"{path} has no run.json: no folder of a run, and not empty; give another one with --out")
@@ -55,6 +55,7 @@ class Folder:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another run is writing to {self.path}") from None
+        unpack(self._rows)
         if self._rows.is_file():
             mend(self._rows)
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -79,7 +80,7 @@ class Folder:
 
 def rows_of(path: Path) -> list[Row]:
     """Of a folder as it is. Raises ValueError where there are none."""
-    rows = read(path / "rows.jsonl") if (path / "rows.jsonl").is_file() else []
+    rows = read(path / "rows.jsonl") if there(path / "rows.jsonl") else []
     if not rows:
         raise ValueError(f"{path} has no rows: no folder of a run, or an empty one")
     return rows

@@ -1,9 +1,13 @@
-"""The results: one row per sample and recipe, appended to RUN/rows.jsonl, never changed."""
+"""The results: one row per sample and recipe, appended to RUN/rows.jsonl, never changed.
+
+To be handed on, the file may be packed (`xz rows.jsonl`): it is read just as well, and unpacked by a run that goes on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -70,10 +74,33 @@ def empty(sample: Sample, model: str, recipe: str, question: str | None, key: st
     return Row(key, model, recipe, question=question, sample=sample.index, **told)
 
 
+def packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xz")
+
+
+def there(path: Path) -> bool:
+    return path.is_file() or packed(path).is_file()
+
+
+def unpack(path: Path) -> None:
+    """Nothing where there are rows already, or none packed."""
+    if not path.is_file() and packed(path).is_file():
+        path.write_text(_text(path), "utf-8")
+
+
+def _text(path: Path) -> str:
+    if path.is_file():
+        return path.read_text("utf-8")
+    try:
+        return lzma.decompress(packed(path).read_bytes()).decode("utf-8")
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{packed(path)} cannot be unpacked: {error}") from None
+
+
 def read(path: Path) -> list[Row]:
     """Raises ValueError, with the line, for what is no row. A last line that was cut off while written is no error."""
     rows = []
-    *lines, _ = path.read_text("utf-8").split("\n")
+    *lines, _ = _text(path).split("\n")
     for n, line in enumerate(lines, 1):
         try:
             rows.append(_checked(Row(**json.loads(line))))
