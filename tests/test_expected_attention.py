@@ -30,7 +30,7 @@ def score(q, k, v, scale, pads=0, future=1, sinks=0):
     pos = pos.masked_fill(pos < pads, -1)
     start = torch.full((B,), pads)
     step = Observation(Queries(q, pos, scale), torch.zeros(B, Hq, T), T - start, start)
-    method = ExpectedAttention(Rope(torch.tensor(FREQ)), future, sinks)
+    method = ExpectedAttention(Rope(torch.tensor(FREQ)), future, sinks, decoding=True)
     for i in range(0, T, 1000):  # moments add up over steps
         method.observe(step.slice(i, i + 1000))
     places = pos[:, None, : k.shape[2]].expand(k.shape[:3])
@@ -111,3 +111,13 @@ def test_generated_tokens_are_ranked_by_the_queries_since_the_last_compression()
     assert [len(head) for head in a[0]] == [55, 55]
     assert a == b
     assert a != c
+
+
+@pytest.mark.parametrize("every", [None, 16])
+def test_moments_are_held_only_where_they_will_be_asked(every):
+    """Once a prompt is compressed, and nothing generated ever is, there is no use for them."""
+    qkv = random_qkv(1, 2, 2, 60, 16)
+    kv = run(f"expected_attention(budget=20, every={every})", qkv, prompt=50)
+    score = kv.state.store.score
+    assert (score.outer is None) == (every is None)
+    assert kv.state.steps == 10

@@ -10,10 +10,11 @@ from calidrop.tokens import Tokens
 
 
 class ExpectedAttention(Score):
-    """Moments of the prompt's un-rotated queries, and from them the expected exp(logit) of future queries."""
+    """Moments of un-rotated queries, and from them the expected exp(logit) of future queries. decoding: of those of
+    generated tokens too, though holding moments costs D * D numbers per query head."""
 
-    def __init__(self, rope: Rope, future: int, sinks: int):
-        self.rope, self.future, self.sinks = rope, future, sinks
+    def __init__(self, rope: Rope, future: int, sinks: int, decoding: bool):
+        self.rope, self.future, self.sinks, self.decoding = rope, future, sinks, decoding
         self.flushed()
 
     def flushed(self) -> None:
@@ -21,6 +22,8 @@ class ExpectedAttention(Score):
         self.sum = self.outer = self.count  # [B,Hq,D], [B,Hq,D,D]
 
     def observe(self, step: Observation) -> None:
+        if not (step.prompt or self.decoding):
+            return
         qs = step.queries
         index = qs.pos - step.start[:, None]
         used = ((qs.pos >= 0) & (index >= self.sinks)).float()  # [B,T]
@@ -56,7 +59,8 @@ def expected_attention(
     times the norm of the value.
 
     future: over how many coming positions the rotation is averaged. sinks: first tokens, always kept and left out of
-    the moments. The moments are those of the queries since the last compression.
+    the moments. The moments are those of the prompt's queries; with `every`, of all since the last compression, which
+    holds 4 * D * D bytes per query head between two of them.
     """
     check_budget("expected_attention", budget, recent)
     check_int("expected_attention: future", future, 1)
@@ -68,6 +72,6 @@ def expected_attention(
     def score(layer: Layer) -> Score:
         if layer.rope is None:
             raise ValueError("expected_attention needs half-split rotary positions, which this model does not have")
-        return ExpectedAttention(layer.rope, future, sinks)
+        return ExpectedAttention(layer.rope, future, sinks, every is not None)
 
     return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=every)
