@@ -20,4 +20,8 @@ def machine() -> dict[str, str | int]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpu": name or platform.processor(), "cores": os.cpu_count() or 0, "system": platform.platform()}
+    return {
+        "cpu": name or platform.processor(),
+        "cores": os.cpu_count() or 0,
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -35,12 +35,14 @@ def pictures(report: Report, folder: Path) -> list[Path]:
 def _fronts(report: Report) -> Iterator[tuple[str, Any]]:
     for index, cell in enumerate(report.cells):
         for quality in QUALITIES:
-            if any(report.fronts[index][f"{quality}/{c}"] for c in ("device", "decode")):
-                both = alt.hconcat(*(_front(report, index, quality, c) for c in ("device", "decode")), spacing=40)
-                told = "A diamond also holds bytes on the host. Bars: 95 % bootstrap intervals, of the front."
+            if told := [
+                c for c in ("device", "decode") if report.fronts[index][f"{quality}/{c}"]
+            ]:  # none where not timed
+                drawn = alt.hconcat(*(_front(report, index, quality, c) for c in told), spacing=40)
+                how = "A diamond also holds bytes on the host. Bars: 95 % bootstrap intervals, of the front."
                 exact = "" if quality == "score" else " What is exact (0) lies at the bottom."
-                title = alt.Title(f"{_told(report, cell)}: {charts.QUALITY[quality]}", subtitle=told + exact)
-                yield f"front-{_file(report, cell)}-{quality}", both.properties(title=title)
+                title = alt.Title(f"{_told(report, cell)}: {charts.QUALITY[quality]}", subtitle=how + exact)
+                yield f"front-{_file(report, cell)}-{quality}", drawn.properties(title=title)
 
 
 def _front(report: Report, cell: int, quality: str, which: str) -> Any:
