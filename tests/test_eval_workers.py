@@ -85,16 +85,15 @@ def die(*_):
 
 def test_no_worker_outlives_the_run():
     program = [sys.executable, str(Path(__file__).with_name("sleeping_workers.py"))]
-    parent = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
-    try:
-        assert parent.stdout is not None
-        assert [parent.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
-        found = psutil.Process(parent.pid).children()
-        assert len(found) >= 2
-        assert parent.poll() is None
-    finally:
-        parent.kill()
-        parent.wait()
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            assert [parent.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+            found = psutil.Process(parent.pid).children()
+            assert len(found) >= 2
+            assert parent.poll() is None
+        finally:
+            parent.kill()
     _, alive = psutil.wait_procs(found, timeout=10)
     assert not alive
 
