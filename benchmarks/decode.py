@@ -18,17 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 import calidrop
+from benchmarks.page import begin, options
 from calidrop import ops
 from calidrop.models import embedded
 from calidrop.plugin import ATTENTION, using
@@ -167,23 +166,15 @@ def plot(found: list[Row], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
-    parser.add_argument("--recipe", action="append", help="default: a selection")
+    options(parser)
     parser.add_argument("--contexts", default="2048,4096,8192")
     parser.add_argument("--batches", default="1,4", help="each a multiple of the one before")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="of each cache in each round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--kvpress", type=Path, help="a python that has kvpress")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-    model, tokenizer = calidrop.load(args.model)
-    text = (files("calidrop") / "data" / "time_machine.txt").read_text()
-    tokens = torch.tensor([tokenizer(text, verbose=False)["input_ids"]])
-    machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads"
+    model, tokens, machine = begin(args)
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
     found: list[Row] = []

@@ -13,17 +13,14 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
-from importlib.resources import files
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 import calidrop
+from benchmarks.page import begin, options
 from calidrop.plugin import ATTENTION, using
 
 RECIPES = [
@@ -67,19 +64,11 @@ def measure(model: Any, ids: Tensor, recipes: list[str], rounds: int) -> list[Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
-    parser.add_argument("--recipe", action="append", help="default: a selection")
+    options(parser)
     parser.add_argument("--contexts", default="1024,4096")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-    model, tokenizer = calidrop.load(args.model)
-    text = (files("calidrop") / "data" / "time_machine.txt").read_text()
-    tokens = torch.tensor([tokenizer(text, verbose=False)["input_ids"]])
-    machine = f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads"
+    model, tokens, machine = begin(args)
     print(f"{machine}\n{'context':>7} {'cache':34} {'best s':>8} {'median s':>9} {'over plain':>11}")
     found: list[Row] = []
     for context in map(int, args.contexts.split(",")):

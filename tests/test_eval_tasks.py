@@ -1,5 +1,7 @@
 import json
+import random
 
+import numpy as np
 import pytest
 
 from calidrop.eval.jsonl import dump, load
@@ -129,6 +131,15 @@ def test_interval():
     assert (low, high) == pytest.approx((0.4, 0.6), abs=0.03)  # 1.96 * 0.5 / 10
     assert interval([0.0, 1.0] * 50) == (low, high)
     assert interval([1.0] * 9) == (1.0, 1.0)
+
+
+def test_interval_of_a_ratio():
+    draw = random.Random(1)
+    pairs = [(draw.random() * n, n) for n in (3, 8, 5, 6, 2, 9, 4, 7)]
+    drawn = [draw.choices(pairs, k=8) for _ in range(4000)]
+    means = [sum(a for a, _ in some) / sum(n for _, n in some) for some in drawn]
+    assert interval(*zip(*pairs, strict=True)) == pytest.approx(np.quantile(means, (0.025, 0.975)), rel=0.05)
+    assert interval([1.0], [2]) is None
 
 
 def test_known():

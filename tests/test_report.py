@@ -1,9 +1,7 @@
 import json
 import os
-import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -14,7 +12,7 @@ from calidrop.eval.folder import rows_of
 from calidrop.eval.rows import read
 from calidrop.methods import METHODS
 from calidrop.report.families import FAMILIES, family, parts
-from calidrop.report.gather import _interval, gather
+from calidrop.report.gather import gather
 from calidrop.report.page import page
 from calidrop.report.pictures import pictures
 
@@ -65,15 +63,6 @@ def test_fronts_by_hand(run):
         assert cheapest == sorted(cheapest)
         best = report.fronts[cell]["score/device"][-1]  # dearest on the front: the best score there is
         assert report.points[best[0]]["score"] == max(p["score"] for _, p in some)
-
-
-def test_intervals_by_hand():
-    draw = random.Random(1)
-    pairs = [(draw.random() * n, n) for n in (3, 8, 5, 6, 2, 9, 4, 7)]
-    drawn = [draw.choices(pairs, k=8) for _ in range(4000)]
-    means = [sum(a for a, _ in some) / sum(n for _, n in some) for some in drawn]
-    assert _interval(pairs) == pytest.approx(np.quantile(means, (0.025, 0.975)), rel=0.05)
-    assert _interval(pairs[:1]) == (None, None)
 
 
 def test_spots_and_failures(run):

@@ -107,3 +107,12 @@ def merge(parts: list[Partial]) -> Partial:
     o = sum(w[i][..., None] * part[0].float() for i, part in enumerate(parts))
     assert isinstance(o, Tensor)
     return o, total
+
+
+def with_sink(qs: Queries, found: Partial, sink: Tensor | None) -> Partial:
+    """An answer joined with the sink, a token without a value; o in the dtype of the queries."""
+    o, lse = found
+    if sink is not None:
+        logit = sink.float()[:, None]
+        o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
+    return o.to(qs.q.dtype), lse

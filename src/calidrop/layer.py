@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from calidrop import ops
-from calidrop.attention import Partial, Queries
+from calidrop.attention import Partial, Queries, with_sink
 from calidrop.holding import Holding
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import Handle, PositionMask
+from calidrop.plugin import Handle, PositionMask, asked
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
@@ -323,22 +323,3 @@ class LayerKV(CacheLayerMixin):
         store = f"; {s.store.describe()}" if s.store is not None else ""
         by = f"; last answered by {self.by}" if s.steps and "torch" in self.by else ""
         return f"{kind} {len(s.window)}{store}{by}"
-
-
-def asked(
-    q: Tensor, k: Tensor, v: Tensor, mask: PositionMask, seen: int, scale: float, softcap: float | None
-) -> tuple[Queries, Tokens]:
-    """What one call of the attention function brings, behind `seen` columns. q: [B,Hq,T,D], k and v: [B,H,T,D]."""
-    B, H, T, _ = k.shape
-    pos = mask.positions(B, seen, T, k.device)
-    new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
-    return Queries(q, pos, scale, softcap, mask.visible), new
-
-
-def with_sink(qs: Queries, found: Partial, sink: Tensor | None) -> Partial:
-    """An answer joined with the sink, a token without a value; o in the dtype of the queries."""
-    o, lse = found
-    if sink is not None:
-        logit = sink.float()[:, None]
-        o, lse = o * torch.sigmoid(lse - logit)[..., None], torch.logaddexp(lse, logit)
-    return o.to(qs.q.dtype), lse

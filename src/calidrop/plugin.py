@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 from calidrop import attention as oracle
+from calidrop.tokens import Tokens
 
 ATTENTION = "calidrop"
 ASSISTED = "_assisted_decoding"  # the method of transformers that proposes, verifies and crops
@@ -99,6 +100,16 @@ class PositionMask:
         if self.pads is not None:
             pos = pos.masked_fill(~self.pads[:, None, self.first : self.first + n].to(pos.device), -1)
         return q_pos, pos
+
+
+def asked(
+    q: Tensor, k: Tensor, v: Tensor, mask: PositionMask, seen: int, scale: float, softcap: float | None
+) -> tuple[oracle.Queries, Tokens]:
+    """What one call of the attention function brings, behind `seen` columns. q: [B,Hq,T,D], k and v: [B,H,T,D]."""
+    B, H, T, _ = k.shape
+    pos = mask.positions(B, seen, T, k.device)
+    new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
+    return oracle.Queries(q, pos, scale, softcap, mask.visible), new
 
 
 def _from_function(fn: Callable) -> oracle.Visible:
@@ -226,7 +237,7 @@ def _plain(
     kwargs: dict,
 ) -> tuple[Tensor, None]:
     """Another cache, or none: what sdpa would have done, and softcap and sinks where sdpa cannot."""
-    Hq, T = query.shape[1:3]
+    T = query.shape[2]
     N = key.shape[2]
     trivial = mask.visible is None and mask.pads is None and (T == 1 or T == N)
     if softcap is None and s_aux is None:
@@ -234,10 +245,9 @@ def _plain(
         dense = None if trivial else oracle.visible(oracle.Queries(query, q_pos, scale, None, mask.visible), pos)
         return sdpa_attention_forward(module, query, key, value, dense, dropout=dropout, scaling=scale, **kwargs)
     q_pos, pos = mask.columns(query, key.shape[1], N)
-    o, lse = oracle.attend(oracle.Queries(query, q_pos, scale, softcap, mask.visible), key, value, pos)
-    if s_aux is not None:
-        o = o * torch.sigmoid(lse - s_aux.float().view(1, Hq, 1))[..., None]
-    return o.to(query.dtype).transpose(1, 2).contiguous(), None
+    qs = oracle.Queries(query, q_pos, scale, softcap, mask.visible)
+    o, _ = oracle.with_sink(qs, oracle.attend(qs, key, value, pos), s_aux)
+    return o.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attend)

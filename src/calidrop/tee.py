@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from calidrop import ops
+from calidrop.attention import with_sink
 from calidrop.cache import KVCache
 from calidrop.compare import now
-from calidrop.layer import LayerKV, asked, with_sink
-from calidrop.plugin import Handle, PositionMask, using
+from calidrop.layer import LayerKV
+from calidrop.plugin import Handle, PositionMask, asked, using
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from calidrop.eval.encode import encode, until
 from calidrop.eval.rows import Row, empty
 from calidrop.eval.sample import Sample
 from calidrop.eval.score import METRICS, score
-from calidrop.eval.subject import Band, fill, groups
+from calidrop.eval.subject import Band, end_tokens, fill, groups
 from calidrop.eval.versions import versions
 
 FULL = "full"
@@ -128,8 +128,7 @@ def generate(
 ) -> tuple[list[list[int]], list[dict[str, Any]], list[float]]:
     """Greedily, each until an end token, which is its last, or a stop string. -> the tokens, what each cache held then,
     and the seconds of each step."""
-    ends = band.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(band.model)
     answers: list[list[int]] = [[token] for token in logits.argmax(-1).tolist()]
     held: dict[int, dict[str, Any]] = {}
     seconds = []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import fmean, mean
+from statistics import mean
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 """(prediction, answers, classes) -> score"""
@@ -157,10 +156,16 @@ def score(metric: str, prediction: str, answers: Sequence[str], classes: Sequenc
     return METRICS[metric](prediction, answers, classes)
 
 
-def interval(values: Sequence[float], seed: int = 0, draws: int = 1000) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of the mean; None for less than two values."""
+def interval(
+    values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0, draws: int = 1000
+) -> tuple[float, float] | None:
+    """The 95 % percentile bootstrap interval of the mean, or with weights of sum(values) / sum(weights); None for less
+    than two values."""
+    import numpy as np  # not at the top: commands that only name scores start without it
+
     if len(values) < 2:
         return None
-    draw = random.Random(seed)
-    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+    above, below = np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), (0.025, 0.975))
+    return float(low), float(high)

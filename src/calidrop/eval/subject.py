@@ -147,6 +147,11 @@ def feed(model: Any, cache: Cache, caches: Sequence[KVCache], ids: Tensor) -> Te
     return torch.cat(out, 1)
 
 
+def end_tokens(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
+
+
 def forward(model: Any, cache: Cache, ids: Tensor) -> Tensor:
     """[rows,n] -> [rows,n,vocabulary]"""
     return model(ids, **using(cache), use_cache=True).logits

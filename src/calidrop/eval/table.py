@@ -75,12 +75,17 @@ def table(rows: Iterable[Row]) -> list[Line]:
     return [_line(told[key], full) for cell in cells for key in told if key[0] == cell]
 
 
+def nll_of(rows: Iterable[Row]) -> float | None:
+    """Nats per token of the gold answers, over the tokens of all rows."""
+    told = [(row.nll, row.answer_tokens) for row in rows if row.nll is not None and row.answer_tokens]
+    return sum(nll for nll, _ in told) / sum(n for _, n in told) if told else None
+
+
 def _line(rows: list[Row], full: dict[tuple[Cell, int], Row]) -> Line:
     first, good = rows[0], [row for row in rows if row.error is None]
     cell = first.model, first.task, first.length, first.question
     scores = [row.score for row in good if row.score is not None]
     low, high = interval(scores) or (None, None)
-    tokens = sum(row.answer_tokens or 0 for row in good)
     ratios = [row.full_bytes / row.device_bytes for row in good if row.full_bytes and row.device_bytes]
     slower = [
         row.decode_ms_per_token / base.decode_ms_per_token
@@ -99,7 +104,7 @@ def _line(rows: list[Row], full: dict[tuple[Cell, int], Row]) -> Line:
         score=mean(scores) if scores else None,
         low=low,
         high=high,
-        nll=sum(row.nll or 0.0 for row in good) / tokens if tokens else None,
+        nll=nll_of(good),
         ratio=mean(ratios) if ratios else None,
         decode_ms_per_token=median(speeds) if speeds else None,
         decode_ratio=median(slower) if slower else None,

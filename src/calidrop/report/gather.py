@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
-
 from calidrop.eval.rows import Row, latest
-from calidrop.eval.table import Cell, Line, table
+from calidrop.eval.score import interval
+from calidrop.eval.table import Cell, Line, nll_of, table
 from calidrop.pareto import front
 
 Values = dict[str, Any]
@@ -70,27 +70,18 @@ def _cell(line: Line) -> Cell:
 
 def _point(line: Line, cell: int, rows: list[Row]) -> Values:
     held = None if line.device_bytes is None else line.device_bytes + (line.host_bytes or 0)
-    sums = [(row.nll, row.answer_tokens) for row in rows if row.nll is not None and row.answer_tokens]
-    apart = [(row.kl, 1) for row in rows if row.kl is not None]
+    answered = [row for row in rows if row.nll is not None and row.answer_tokens]
+    nll = interval([row.nll or 0.0 for row in answered], [row.answer_tokens or 0 for row in answered])
+    kl = interval([row.kl for row in rows if row.kl is not None])
     told: Values = {"cell": cell, "total_bytes": held}
-    for name, pairs in (("nll", sums), ("kl", apart)):
-        told[f"{name}_low"], told[f"{name}_high"] = _interval(pairs)
+    for name, bounds in (("nll", nll), ("kl", kl)):
+        told[f"{name}_low"], told[f"{name}_high"] = bounds or (None, None)
     return {name: None if _odd(value) else value for name, value in (asdict(line) | told).items()}
 
 
 def _odd(value: Any) -> bool:
     """No number that can be compared or drawn."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _interval(pairs: list[tuple[float, int]], draws: int = 1000) -> tuple[float | None, float | None]:
-    """The 95 % percentile bootstrap interval of sum / sum over samples, as `eval.score.interval` has it for means."""
-    if len(pairs) < 2:
-        return None, None
-    drawn = np.random.default_rng(0).integers(0, len(pairs), (draws, len(pairs)))
-    above, below = (np.array(column, float)[drawn].sum(1) for column in zip(*pairs, strict=True))
-    low, high = np.quantile(above / below, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _front(points: list[Values], cell: int, quality: str, which: str) -> list[list[int]]:
@@ -116,12 +107,7 @@ def _spots(rows: Iterable[Row], cells: list[Cell]) -> list[Values]:
 
 def _mean(rows: list[Row]) -> Values:
     scores = [row.score for row in rows if row.score is not None]
-    tokens = sum(row.answer_tokens or 0 for row in rows)
-    told = {
-        "n": len(rows),
-        "score": math.fsum(scores) / len(scores) if scores else None,
-        "nll": math.fsum(row.nll or 0.0 for row in rows) / tokens if tokens else None,
-    }
+    told = {"n": len(rows), "score": mean(scores) if scores else None, "nll": nll_of(rows)}
     return {name: None if _odd(value) else value for name, value in told.items()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calidrop.cache import KVCache
 from calidrop.compare import Progress
-from calidrop.eval.subject import Ours, fill, groups
+from calidrop.eval.subject import Ours, end_tokens, fill, groups
 from calidrop.holding import FORMS, Form, places
 from calidrop.pages import render
 from calidrop.parts import Part, check_int
@@ -119,8 +119,7 @@ def show(
 
 def _go_on(subject: Ours, n: int) -> list[int]:
     """Greedily, until an end token. All of it is fed to the cache, the last token too."""
-    ends = subject.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(subject.model)
     made, logits = [], subject.logits
     while len(made) < n and ends.isdisjoint(made):
         made.append(int(logits.argmax()))
