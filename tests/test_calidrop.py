@@ -218,6 +218,7 @@ def test_where_the_bytes_are():
             assert host == 0
         rest = held_bytes(kv.state.store.rest)
         remembered = 2 * 6 * (3 * D + 1) * 4 + 2 * 8 if offload or not summary else 0
+        remembered += 2 * 2 * 8 if offload else 0  # who was asked again, per row
         assert rest == remembered + (2 * 2 * summary * (2 * D + 1) * 4 if summary else 0)
 
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import pieces
 from benchmarks.gpu.run import Run, show
-from calidrop import ops
+from calidrop import KVCache, ops
 from calidrop.attention import Queries, attend, merge
 from calidrop.hadamard import hadamard
 from calidrop.methods._latents import Basis
 from calidrop.ops import gpu
+from calidrop.plugin import using
 from calidrop.quant import pack, quantize
 from calidrop.rope import Rope
 
@@ -24,7 +26,8 @@ COLUMNS = [("what", "52"), ("worst", ".1e"), ("limit", ".0e"), ("passed", "")]
 
 
 def checks(run: Run) -> Iterator[dict]:
-    yield from (_checked(run, what, limit, measure) for what, limit, measure in [*_decode(run), *_others(run)])
+    found = [*_steps(run), *_others(run), *_decode(run)]
+    yield from (_checked(run, what, limit, measure) for what, limit, measure in found)
 
 
 def _checked(run: Run, what: str, limit: float, measure: Callable[[], float]) -> dict:
@@ -37,6 +40,36 @@ def _checked(run: Run, what: str, limit: float, measure: Callable[[], float]) ->
 
 def relative(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def _steps(run: Run) -> Iterator[Check]:
+    """Recorded steps against steps from Python: the logits of 40 tokens."""
+    if run.device.type == "cuda":
+        snap = "snapkv(budget=64, recent=16)"
+        for recipe in ("full", snap, f"{snap}+int4", f"{snap}+calidrop(offload=False)", f"{snap}+calidrop(late=4)",
+                       "h2o(budget=64)", "kivi(bits=4, group=16, residual=32)"):  # fmt: skip
+            yield f"recorded steps {recipe}", 2e-3, functools.partial(_recorded, run, recipe)
+
+
+def _recorded(run: Run, recipe: str) -> float:
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+    config = AutoConfig.for_model("llama", **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(run.device).eval()
+    ids = torch.randint(3, 97, (2, 200), device=run.device)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    logits = []
+    for graph in (False, True):
+        cache = KVCache(model, recipe, graph=graph)
+        logits.append(torch.stack(model.generate(
+            input_ids=ids, attention_mask=mask, **using(cache), max_new_tokens=40, do_sample=False, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        ).logits))  # fmt: skip
+    assert cache.steady is not None
+    if not cache.steady.recorded:
+        raise RuntimeError(cache.steady.describe())
+    return float((logits[0] - logits[1]).abs().max())
 
 
 def _decode(run: Run) -> Iterator[Check]:

@@ -20,6 +20,7 @@ from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
+from calidrop.steady import Steady
 from calidrop.support import attention_modules, check_model, key_sample, layer_kinds, rope_of
 
 
@@ -31,12 +32,16 @@ class KVCache(Cache):
     recipe: what to do, as a string or as parts ("full" compresses nothing). eager: in
     plain forward calls, compress every layer right after it attended a block of tokens, as `generate` does at the end
     of a prompt, instead of when the next token comes: the peak is one layer's full cache, and a prompt fed in several
-    calls is compressed call by call.
+    calls is compressed call by call. graph: record decode steps and replay them, on a GPU as CUDA graphs, which takes
+    away nearly all time on the host (`steady.py`); where that cannot be, steps run as without, and `describe()` says
+    why. Recorded steps write in place: forks of the cache's states are no snapshots then.
 
     Raises ValueError for a recipe that makes no sense and for a model that cannot work.
     """
 
-    def __init__(self, model: nn.Module, recipe: str | Part | Recipe = "full", *, eager: bool = False):
+    def __init__(
+        self, model: nn.Module, recipe: str | Part | Recipe = "full", *, eager: bool = False, graph: bool = False
+    ):
         self.recipe = parse(recipe)
         config, layers = check_model(model), layers_of(model)
 
@@ -55,6 +60,7 @@ class KVCache(Cache):
             install(model, soft)
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        self.steady = Steady(self, model) if graph else None
 
     @property
     def _mine(self) -> list[LayerKV]:
@@ -136,6 +142,8 @@ class KVCache(Cache):
             f"{self.recipe}: {self.nbytes:,} bytes on the device, {self.host_nbytes:,} on the host, "
             f"{self.full_nbytes:,} uncompressed; decode by {ops.backend(device)}"
         ]
+        if self.steady is not None:
+            lines.append(f"  {self.steady.describe()}")
         for i, layer in enumerate(self._mine):
             elsewhere = layer.state.context is None and self.get_seq_length() > 0  # pipeline parallelism
             what = "in another process" if elsewhere else layer.describe()

@@ -22,7 +22,7 @@ from calidrop.holding import Holding
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import Handle, PositionMask, asked
+from calidrop.plugin import Handle, PositionMask, asked, at_column
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
@@ -33,6 +33,8 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 class LayerState(State):
     """Everything a layer remembers; forked as a whole when a step may have to be undone."""
+
+    counts = frozenset({"seen", "steps", "age"})
 
     def __init__(self, store: Store | None):
         self.store = store
@@ -75,6 +77,9 @@ class LayerKV(CacheLayerMixin):
         self.column_bytes = 0  # one token of one row, uncompressed
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
         self.by = ""  # who answered last
+        self.column: Tensor | None = (
+            None  # int32 [1]: where the next token stands, while steps are recorded (`steady.py`)
+        )
         self.is_initialized = False
 
     # ---- called by transformers
@@ -100,6 +105,7 @@ class LayerKV(CacheLayerMixin):
 
     def activate_past_recording(self, prompt_end: int | None = None) -> None:
         """Assisted decoding: what comes after the prompt may be partly undone by `crop`."""
+        self.loosen()
         self.prompt_end = self.state.seen if prompt_end is None else prompt_end
         self.record_past, self.assisted = True, prompt_end is not None
 
@@ -125,14 +131,17 @@ class LayerKV(CacheLayerMixin):
             self.undo = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.loosen()
         self.state.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.loosen()
         if self.state.context is not None:
             rows = torch.arange(len(self.state.context), device=self.state.context.device)
             self.state.take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.loosen()
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self.state.take_rows(rows)
 
@@ -148,6 +157,9 @@ class LayerKV(CacheLayerMixin):
         """q: [B,Hq,T,D] -> [B,Hq,T,Dv]. sink: a learned logit per query head that has no value (gpt-oss), [Hq]."""
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
+        if self.column is not None:
+            return self._answer(*at_column(q, k, v, self.column, mask, scale, softcap), sink)
+        self.loosen()
         T = k.shape[2] - self.soft_columns
         qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
         self._expect(new)
@@ -202,6 +214,15 @@ class LayerKV(CacheLayerMixin):
         return torch.cat(out + extra, 2)
 
     def _step(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        for x in self.state.store.late() if self.state.store else []:
+            x.serve(x.wanted is not None and bool(x.wanted.any()))
+        o = self._answer(qs, new, sink)
+        if self.state.age == self.plan.every:
+            self.flush()
+        self._trim()
+        return o
+
+    def _answer(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
@@ -211,9 +232,6 @@ class LayerKV(CacheLayerMixin):
         o, lse = with_sink(qs, backend.decode(qs, parts), sink)
         s.steps, s.age = s.steps + 1, s.age + 1
         self._saw(qs, lse)
-        if s.age == self.plan.every:
-            self.flush()
-        self._trim()
         return o
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV) -> Tensor:
@@ -281,10 +299,47 @@ class LayerKV(CacheLayerMixin):
 
     def _trim(self, slack: int | None = None) -> None:
         """A bounded layer forgets what no later query can see; while decoding, only now and then (each cut copies)."""
+        if self.reach is not None and len(self.state.window) > self.reach + (self.slack if slack is None else slack):
+            self.state.window = self.state.window.tail(self.reach)
+
+    @property
+    def slack(self) -> int:
+        return max(16, (self.reach or 0) // 32)
+
+    # ---- steps that are recorded (`steady.py`)
+
+    def fix(self, room: int) -> None:
+        """Give the window a room that lasts until something makes shapes jump; `room` columns where nothing does."""
+        n = len(self.state.window)
         if self.reach is not None:
-            slack = max(16, self.reach // 32) if slack is None else slack
-            if len(self.state.window) > self.reach + slack:
-                self.state.window = self.state.window.tail(self.reach)
+            columns = max(n, self.reach + self.slack) + 1
+        else:
+            columns = max(n + 1, self.plan.recent + self.plan.every) if self.plan.every else n + room
+        self.state.window = self.state.window.fixed(columns)
+
+    def loosen(self) -> None:
+        if self.state.window.slot is not None:
+            self.state.window = self.state.window.loose()
+
+    def stepped(self) -> None:
+        """Count a step that was replayed."""
+        s = self.state
+        s.seen, s.steps, s.age = s.seen + 1, s.steps + 1, s.age + 1
+        for buffer in (s.window.k, s.window.v, s.window.pos):
+            buffer.len += 1
+
+    def between_steps(self, room: int) -> bool:
+        """What makes shapes jump, if it is time. -> whether it was."""
+        s = self.state
+        cut = self.reach is not None and len(s.window) > self.reach + self.slack
+        if s.age != self.plan.every and not cut and len(s.window) < s.window.room:
+            return False
+        self.loosen()
+        if s.age == self.plan.every:
+            self.flush()
+        self._trim()
+        self.fix(room)
+        return True
 
     # ---- compression
 

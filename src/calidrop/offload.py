@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,8 +63,16 @@ class HostLog(Host):
             if valid is None:
                 valid = torch.ones(*last.lens.shape, last.longest, dtype=torch.bool)
             self.segments[-1] = self.segments[-1].append(data, valid)
+        self._pin(self.segments[-1])
+
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
+        for s in self.segments:
+            self._pin(s)
+
+    def _pin(self, s: Ragged) -> None:
         if self.device.type == "cuda":
-            self.segments[-1].data = {n: x.pin_memory() for n, x in self.segments[-1].data.items()}
+            s.data = {n: x.pin_memory() for n, x in s.data.items()}
 
     @property
     def lens(self) -> Tensor:
@@ -102,6 +111,8 @@ class HostLog(Host):
 
     def _read(self, s: Ragged, pairs: Tensor, start: int, stop: int) -> Chunk:
         there, first = None, torch.full((len(pairs), 1), start, device=self.device)
+        if self.device.type == "cuda":
+            return Chunk(*self._sent(s, pairs, start, stop), first)
         if s.uniform:
             cut = {n: x.flatten(0, 1)[:, start:stop].index_select(0, pairs) for n, x in s.data.items()}
         else:
@@ -111,6 +122,35 @@ class HostLog(Host):
             cut = {n: x[index] for n, x in s.data.items()}
             there = there[:, None].to(self.device)
         return Chunk({n: self._to_device(x[:, None]) for n, x in cut.items()}, there, first)
+
+    def _sent(self, s: Ragged, pairs: Tensor, start: int, stop: int) -> tuple[Columns, Tensor | None]:
+        """Straight out of pinned memory, a copy per list and column: gathering them first would cost as much again."""
+        begin, many = _starts(s).flatten(), s.lens.flatten()
+        spans = [(int(begin[p]), min(stop, int(many[p]))) for p in pairs]
+        out = {}
+        for n, x in s.data.items():
+            flat = x.flatten(0, 2) if s.uniform else x
+            out[n] = torch.zeros(len(pairs), 1, stop - start, *flat.shape[1:], dtype=x.dtype, device=self.device)
+            for to, (first, end) in zip(out[n], spans, strict=True):
+                if end > start:
+                    to[0, : end - start].copy_(flat[first + start : first + end], non_blocking=True)
+        if s.uniform:
+            return out, None
+        there = torch.arange(start, stop) < many[pairs, None]
+        return out, self._to_device(there[:, None])
+
+    @contextmanager
+    def beside(self) -> Iterator[Arrival]:
+        """What is done within goes on beside what follows, after all that came before; the arrival says when it is
+        done."""
+        if self.device.type != "cuda":
+            yield Arrival()
+            return
+        stream, event = _copies(self.device), torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield Arrival(event)
+            event.record(stream)
 
     def take(self, index: Tensor) -> tuple[Ragged, Arrival]:
         """The slots at `index` (int64 [B,H,n] into each list; -1: none), packed, on the device.
@@ -149,6 +189,10 @@ class Arrival(State):
 
     def __init__(self, event: Any = None):
         self.event = event
+
+    @property
+    def there(self) -> bool:
+        return self.event is None or self.event.query()
 
     def wait(self, held: State) -> None:
         """Let the current stream wait for it before anything that follows reads the tensors of `held`."""

@@ -112,6 +112,15 @@ def asked(
     return oracle.Queries(q, pos, scale, softcap, mask.visible), new
 
 
+def at_column(
+    q: Tensor, k: Tensor, v: Tensor, column: Tensor, mask: PositionMask, scale: float, softcap: float | None
+) -> tuple[oracle.Queries, Tokens]:
+    """The same of one generated token, whose column (int32 [1]) only the device knows."""
+    B, H = k.shape[:2]
+    pos = column.expand(B, 1)
+    return oracle.Queries(q, pos, scale, softcap, mask.visible), Tokens(k, v, column.expand(B, H, 1), dense=True)
+
+
 def _from_function(fn: Callable) -> oracle.Visible:
     """An index-based mask function of transformers, evaluated at positions."""
 

@@ -13,14 +13,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
 class State:
-    """Base of everything a cache is made of."""
+    """Base of everything a cache is made of.
+
+    counts: names of attributes that say how often something happened and that no step depends on."""
+
+    counts: ClassVar[frozenset[str]] = frozenset()
 
     def fork(self) -> State:
         """A snapshot that shares tensors with this object; later changes to either are not seen by the other."""
@@ -105,6 +109,8 @@ class Buffer(State):
     """A tensor that grows along dim 2, written in place behind its length. It grows by a 32nd of itself (16 to 512
     slots), so little is idle and appending one by one copies each element about 32 times at most."""
 
+    counts = frozenset({"len"})
+
     def __init__(self) -> None:
         self.data: Tensor | None = None
         self.len = 0
@@ -120,6 +126,12 @@ class Buffer(State):
             self.data = grown
         self.data[:, :, self.len : need] = x
         self.len = need
+
+    def put(self, x: Tensor, slot: Tensor) -> None:
+        """x: [B,H,1,...], to a slot (int64 [1], on the device) of the memory there is."""
+        assert self.data is not None
+        self.data.index_copy_(2, slot, x)
+        self.len += 1
 
     @property
     def value(self) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -49,6 +50,17 @@ class Score(State, ABC):
 
     def flushed(self) -> None:
         """Called after the score was used."""
+
+
+@runtime_checkable
+class Late(Protocol):
+    """What goes on between steps. wanted: bool [B,Hq], whom it wants to do something for, on the device; None: none."""
+
+    wanted: Tensor | None
+
+    def serve(self, wanted: bool) -> bool:
+        """wanted: whether it wants anything. -> whether what the next step sees changed."""
+        ...
 
 
 class Store(State, ABC):
@@ -101,6 +113,15 @@ class Store(State, ABC):
     def trackers(self) -> list[Score]:
         """Scores that want `stats` called on the tokens in front of this store too."""
         return []
+
+    def late(self) -> list[Late]:
+        """What is to be served before each step."""
+        return []
+
+    @property
+    def unsteady(self) -> str:
+        """Why a step cannot be recorded (`steady.py`); "" where nothing is known to stand in the way."""
+        return ""
 
     def recomputed(self) -> tuple[int, int]:
         """How many (step, row, query head) went back to evicted tokens, and out of how many that have any."""
@@ -235,6 +256,13 @@ class Split(Store):
     def trackers(self) -> list[Score]:
         own = [self.score] if self.score.tracks else []
         return own + self.kept.trackers() + self.rest.trackers()
+
+    def late(self) -> list[Late]:
+        return self.kept.late() + self.rest.late()
+
+    @property
+    def unsteady(self) -> str:
+        return self.kept.unsteady or self.rest.unsteady
 
     def recomputed(self) -> tuple[int, int]:
         kept, rest = self.kept.recomputed(), self.rest.recomputed()

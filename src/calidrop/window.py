@@ -1,4 +1,7 @@
-"""The exact recent tokens of one layer, all heads alike: written in place at its end, cut at its front at a flush."""
+"""The exact recent tokens of one layer, all heads alike: written in place at its end, cut at its front at a flush.
+
+While steps are recorded (`steady.py`) a window is fixed: all of its room is answered for, empty slots included, and the
+next slot is a number on the device, so that a step does the same whatever its length."""
 
 from __future__ import annotations
 
@@ -14,11 +17,23 @@ class Window(State):
         self.k, self.v, self.pos = Buffer(), Buffer(), Buffer()
         self.stats: dict[str, Tensor] = {}
         self.dense = True
+        self.slot: Tensor | None = None  # int64 [1]: where the next token goes, while it is fixed
 
     def __len__(self) -> int:
         return self.pos.len
 
+    @property
+    def room(self) -> int:
+        """Columns there is memory for."""
+        return 0 if self.pos.data is None else self.pos.data.shape[2]
+
     def append(self, t: Tokens) -> None:
+        if self.slot is not None:
+            self.k.put(t.k, self.slot)
+            self.v.put(t.v, self.slot)
+            self.pos.put(t.pos, self.slot)
+            self.slot.add_(1)
+            return
         self.k.append(t.k)
         self.v.append(t.v)
         self.pos.append(t.pos)
@@ -26,6 +41,10 @@ class Window(State):
         self.stats = {n: torch.cat([s, s.new_zeros(t.pos.shape)], 2) for n, s in self.stats.items()}
 
     def tokens(self) -> Tokens:
+        if self.slot is not None:
+            k, v, pos = (x.data for x in (self.k, self.v, self.pos))
+            assert k is not None and v is not None and pos is not None
+            return Tokens(k, v, pos, self.stats)
         return Tokens(self.k.value, self.v.value, self.pos.value, self.stats, self.dense)
 
     def tail(self, n: int) -> Window:
@@ -36,4 +55,22 @@ class Window(State):
             t.dense = self.dense or bool(t.valid.all())
             new.append(t)
             new.stats = {name: s.clone() for name, s in t.stats.items()}
+        return new
+
+    def fixed(self, room: int) -> Window:
+        """The same tokens in memory for `room` columns."""
+        t, n = self.tokens(), len(self)
+        new = Window()
+        new.dense, new.slot = self.dense, torch.full((1,), n, device=t.pos.device)
+        for buffer, x, empty in ((new.k, t.k, 0.0), (new.v, t.v, 0.0), (new.pos, t.pos, -1)):
+            buffer.data, buffer.len = x.new_full((*x.shape[:2], room, *x.shape[3:]), empty), n
+            buffer.data[:, :, :n] = x
+        new.stats = {name: torch.cat([s, s.new_zeros(*s.shape[:2], room - n)], 2) for name, s in t.stats.items()}
+        return new
+
+    def loose(self) -> Window:
+        """A window that grows again, in the same memory."""
+        new = Window()
+        new.k, new.v, new.pos, new.dense = self.k, self.v, self.pos, self.dense
+        new.stats = {name: s[:, :, : len(self)] for name, s in self.stats.items()}
         return new

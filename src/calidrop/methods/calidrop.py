@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,12 +10,12 @@ from calidrop.attention import Partial, Queries, finite, logits, merge
 from calidrop.holding import Holding
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
-from calidrop.offload import Chunk, HostLog
+from calidrop.offload import Arrival, Chunk, HostLog
 from calidrop.ops.piece import Piece
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
-from calidrop.state import State
-from calidrop.store import Store
+from calidrop.state import Host, State
+from calidrop.store import Late, Store
 from calidrop.tokens import Tokens
 
 
@@ -42,22 +44,45 @@ class Answer(State):
         return Answer(a * self.o + b * other.o, lse, a * self.mean_k + b * other.mean_k)
 
 
+class Coming(Host):
+    """A new answer to some heads, perhaps still on its way. asking: all heads' queries [B,Hq,1,D]; asked: bool [B,Hq],
+    those it is for; pairs: int64 [P], which (row, kv head) they are of; answer: [P,G,...]."""
+
+    def __init__(self, asking: Queries, asked: Tensor, pairs: Tensor, answer: Answer):
+        self.asking, self.asked, self.pairs, self.answer = asking, asked, pairs, answer
+        self.arrival = Arrival()
+
+
 class Calibrated(Store):
     """Evicted tokens: on the host if at all, and remembered by what they said to a query per query head.
 
-    The device holds q, o and mean_k [B,Hq,D] and lse [B,Hq], and with `summary` a few tokens per kv head."""
+    The device holds q, o and mean_k [B,Hq,D] and lse [B,Hq], and with `summary` a few tokens per kv head. late: heads
+    that are asked again answer anew from a later step on; `wanted` (bool [B,Hq]) are those that want to be, with the
+    queries `asking` [B,Hq,1,D]."""
 
     def __init__(
-        self, order: int, recompute: float, apply: float, decide: str, offload: bool, summary: int, heads: HeadGroup
+        self,
+        order: int,
+        recompute: float,
+        apply: float,
+        decide: str,
+        offload: bool,
+        summary: int,
+        heads: HeadGroup,
+        late: int = 0,
     ):
         self.order, self.recompute, self.apply, self.decide, self.heads = order, recompute, apply, decide, heads
+        self.late_heads = late
         self.log = HostLog() if offload else None
         self.summary = Summary(summary) if summary else None
         self.q: Tensor | None = None
         self.answer: Answer | None = None
         self.context: Tensor | None = None
         self.value_dim = 0
-        self.asked, self.steps = 0, 0
+        self.counted: Tensor | None = None  # int64 [B,2]: query heads that were asked again, and that could have been
+        self.wanted: Tensor | None = None
+        self.asking: Queries | None = None
+        self.coming: Coming | None = None
 
     # ---- taking tokens in
 
@@ -83,6 +108,7 @@ class Calibrated(Store):
             self.answer = self.answer.joined(Answer.of(at, t))
 
     def _anchor(self, obs: Observation, answer: Answer | None) -> None:
+        self.wanted = self.coming = None
         last = obs.queries.last(1)
         self.q = last.q[:, :, 0].to(torch.float32, copy=True)  # a view would keep the whole window alive
         if answer is None:
@@ -108,11 +134,15 @@ class Calibrated(Store):
         if self.log is not None:
             remembers = self.answer.lse > float("-inf")
             asked = (near < self.recompute)[..., 0] & remembers
-            n, of = torch.stack([asked.sum(), remembers.sum()]).tolist()
-            self.asked, self.steps = self.asked + n, self.steps + of
-            if n:
+            applied = near >= self.apply
+            if self.late_heads:
+                asked = self._furthest(near[..., 0], asked)
+                self.wanted, self.asking = asked, Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
+            elif bool(asked.any()):
                 self._refresh(qs, asked)
-            applied = (near >= self.apply) | asked[..., None]
+                applied = applied | asked[..., None]
+            n = torch.stack([asked.sum(1), remembers.sum(1)], 1)
+            self.counted = n if self.counted is None else self.counted + n
         else:
             applied = near >= self.apply
         lse = self.answer.lse[..., None]
@@ -137,36 +167,80 @@ class Calibrated(Store):
             near = (total[..., 0] / total[..., 1].clamp(min=1)).expand_as(near)
         return near
 
+    def _furthest(self, near: Tensor, asked: Tensor) -> Tensor:
+        """Of the query heads that ask, those of the kv heads of a row that drifted furthest. near, asked: [B,Hq]."""
+        B, H = len(near), self._kv_heads()
+        drift = near.masked_fill(~asked, float("inf")).view(B, H, -1).amin(-1)
+        most = drift.topk(min(self.late_heads, H), largest=False).indices
+        chosen = torch.zeros_like(drift, dtype=torch.bool).scatter(1, most, True)
+        return asked & chosen[..., None].expand(B, H, asked.shape[1] // H).reshape(asked.shape)
+
     def _refresh(self, qs: Queries, asked: Tensor) -> None:
-        """Recompute exactly, for the query heads in `asked` (bool [B,Hq]) and no others: chunks of their kv heads come
-        from the host and their partial answers are joined."""
-        assert self.log is not None and self.q is not None
-        B, Hq, D = self.q.shape
+        """Recompute exactly, for the query heads in `asked` (bool [B,Hq]) and no others."""
+        self._place(self._recall(qs, asked))
+
+    def _recall(self, qs: Queries, asked: Tensor) -> Coming:
+        """Ask again: chunks of the kv heads come from the host and their partial answers are joined."""
+        assert self.log is not None
+        B, Hq = asked.shape
         H = self._kv_heads()
-        pairs = asked.view(B, H, -1).any(-1)
-        group = Hq // H
-        rows, _ = pairs.nonzero(as_tuple=True)
-        q = qs.q[:, :, 0].view(B, H, group, D)[pairs]  # [P,G,D]
-        sub = Queries(q[:, :, None], qs.pos[rows], qs.scale, qs.softcap)
+        there = asked.view(B, H, -1).any(-1)
+        pairs = there.flatten().nonzero().flatten()
+        q = qs.q.reshape(B * H, Hq // H, 1, -1)[pairs]  # [P,G,1,D]
+        sub = Queries(q, qs.pos[pairs // H], qs.scale, qs.softcap)
         answer = None
-        for chunk in self.log.fetch(pairs):
+        for chunk in self.log.fetch(there):
             part = Answer.of(sub, _tokens(chunk))
             answer = part if answer is None else answer.joined(part)
         assert answer is not None
+        return Coming(qs, asked, pairs, answer)
+
+    def _place(self, new: Coming) -> None:
+        """Remember it."""
+        assert self.q is not None
+        B, Hq, D = self.q.shape
         old = self.answer or Answer(
-            q.new_zeros(B, Hq, self.value_dim, dtype=torch.float32),
-            q.new_full((B, Hq), float("-inf"), dtype=torch.float32),
-            q.new_zeros(B, Hq, D, dtype=torch.float32),
+            self.q.new_zeros(B, Hq, self.value_dim, dtype=torch.float32),
+            self.q.new_full((B, Hq), float("-inf"), dtype=torch.float32),
+            self.q.new_zeros(B, Hq, D, dtype=torch.float32),
         )
 
         def put(before: Tensor, after: Tensor) -> Tensor:
-            spread = before.clone().view(B, H, group, *before.shape[2:])
-            spread[pairs] = after.view(-1, group, *before.shape[2:])
-            mask = asked.view(B, Hq, *[1] * (before.dim() - 2))
-            return torch.where(mask, spread.view_as(before), before)
+            spread = before.reshape(-1, Hq // self._kv_heads(), *before.shape[2:]).index_copy(0, new.pairs, after)
+            return torch.where(new.asked.view(B, Hq, *[1] * (before.dim() - 2)), spread.view_as(before), before)
 
+        answer = new.answer
         self.answer = Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k))
-        self.q = torch.where(asked[..., None], qs.q[:, :, 0].float(), self.q)
+        self.q = torch.where(new.asked[..., None], new.asking.q[:, :, 0].float(), self.q)
+
+    # ---- answering late
+
+    def late(self) -> list[Late]:
+        return [self] if self.late_heads else []
+
+    def serve(self, wanted: bool) -> bool:
+        if self.coming is None and wanted:
+            assert self.log is not None and self.asking is not None and self.wanted is not None
+            # copies: the next step may write over them while they are read
+            own = replace(self.asking, q=self.asking.q.clone(), pos=self.asking.pos.clone())
+            asked = self.wanted.clone()
+            with self.log.beside() as arrival:
+                self.coming = self._recall(own, asked)
+            self.coming.arrival = arrival
+        if self.coming is None or not self.coming.arrival.there:
+            return False
+        self.coming.arrival.wait(self.coming.answer)
+        self._place(self.coming)
+        self.coming = None
+        return True
+
+    @property
+    def unsteady(self) -> str:
+        return "" if self.log is None or self.late_heads else "calidrop waits for the host in every step (late=0)"
+
+    def take_rows(self, rows: Tensor) -> None:
+        self.coming = None  # whose rows are the old ones
+        super().take_rows(rows)
 
     def _kv_heads(self) -> int:
         assert self.log is not None
@@ -189,7 +263,7 @@ class Calibrated(Store):
         return self.log is None
 
     def recomputed(self) -> tuple[int, int]:
-        return self.asked, self.steps
+        return (0, 0) if self.counted is None else tuple(self.counted.sum(0).tolist())
 
     def describe(self) -> str:
         n = sum(s.longest for s in self.log.segments) if self.log is not None else 0
@@ -214,6 +288,7 @@ def calidrop(
     decide: str = "head",
     offload: bool = True,
     summary: int = 0,
+    late: int = 0,
 ) -> Rest:
     """CaliDrop (Su et al., arXiv 2507.19906, sec. 3): evicted tokens keep answering through what they told a nearby
     query; when the query drifts, they are asked again.
@@ -225,10 +300,13 @@ def calidrop(
     None: `recompute`, that is no such band; the paper's is 0.85. decide: "head" compares every query head, "layer" the
     mean over the heads of a layer that have evicted anything. offload: False frees evicted tokens for good. summary: so
     many clusters of evicted tokens per kv head stay on the device as biased tokens; without offload they answer alone.
+    late: 0 recomputes within the step, which waits for the host. n: of each row and layer the n kv heads that drifted
+    furthest are recomputed after the step and answer anew from the next one on; on a GPU beside the following steps,
+    from the first on that finds the answer there: no step waits, and what a step sees depends on the speed of the bus.
 
-    Deviations from the paper: order 1 and summary are ours; cosines are of rotated queries (the paper does not say);
-    tokens evicted while decoding join the remembered answer exactly; a block of queries (a second prompt) is answered
-    exactly from the host.
+    Deviations from the paper: order 1, summary and late are ours; cosines are of rotated queries (the paper does not
+    say); tokens evicted while decoding join the remembered answer exactly; a block of queries (a second prompt) is
+    answered exactly from the host.
     """
     check_choice("calidrop: order", order, (0, 1))
     check_number("calidrop: recompute", recompute, -2.0, 2.0)
@@ -237,10 +315,11 @@ def calidrop(
     check_choice("calidrop: decide", decide, ("head", "layer"))
     check_choice("calidrop: offload", offload, (True, False))
     check_int("calidrop: summary", summary, 0)
+    check_int("calidrop: late", late, 0)
 
     def make(layer: Layer) -> Store:
         return Calibrated(
-            order, recompute, recompute if apply is None else apply, decide, offload, summary, layer.heads
+            order, recompute, recompute if apply is None else apply, decide, offload, summary, layer.heads, late
         )
 
     return Rest(make, observe=32 if summary else 1)

@@ -1,0 +1,340 @@
+"""Decode steps recorded once and replayed: on a GPU, one CUDA graph in place of thousands of launches from Python.
+
+A recorded step does the same to the same memory, so what changes from step to step is on the device, in place:
+
+* windows are fixed (`Window.fixed`), and the column of the next token is a number on the device (`LayerKV.column`);
+* tensors that a step replaced (parts of a cache replace tensors, they do not write into them) are copied to where they
+  were before;
+* what makes shapes jump (a flush, the cut of a bounded layer, a full window) happens between steps, from Python. Where
+  all shapes are what they were, as under a budget, the result is copied to where it was; else steps are recorded anew.
+
+A step that cannot be recorded, because it asks the host or because its shapes grow, runs from Python as it would have;
+`Steady.why` has the reason. Nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from calidrop.plugin import CACHE, using
+from calidrop.state import Host, Shared, State
+
+if TYPE_CHECKING:
+    from calidrop.cache import KVCache
+    from calidrop.layer import LayerKV
+    from calidrop.store import Late
+
+ROOM = 256  # columns that a window is given at a time where nothing flushes it
+TRIES = 64  # steps in a row whose shapes changed, before it is given up
+PASSED = {"logits_to_keep", "return_dict"}
+TAKEN = PASSED | {
+    CACHE,
+    "past_key_values",
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+}
+
+Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Runs a function once, for good; gives what it returned, and how to run it again with results in the same memory."""
+
+
+def cuda_graph(fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = fn()
+    graph.replay()  # recording runs nothing
+    return out, graph.replay
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
+
+
+class Steady:
+    """The steps of one cache. why: what stood in the way of recording last. recorded: how often steps were."""
+
+    def __init__(self, cache: KVCache, model: nn.Module):
+        devices = sorted({str(x.device) for x in model.parameters()})
+        self.device = torch.device(devices[0])
+        if len(devices) > 1 or self.device.type not in RECORDERS:
+            raise ValueError(
+                f"graph=True needs a model on one {' or '.join(RECORDERS)} device, got {', '.join(devices)}"
+            )
+        self.cache = cache
+        self.why, self.recorded, self.tries = "", 0, 0
+        self.inputs: dict[str, Any] = {}
+        self.wished: Callable[[], list[bool]] = list
+        self.drop()
+        _install(model)
+
+    def drop(self) -> None:
+        """Forget what was recorded; memory stays where it is."""
+        self.wishes: Tensor | None = None
+        self.out: Any = None
+        self.again: Callable[[], None] | None = None
+
+    @property
+    def layers(self) -> list[LayerKV]:
+        return self.cache.layers  # type: ignore[return-value]
+
+    def describe(self) -> str:
+        how = "replayed" if self.again is not None else "run from Python"
+        return f"steps are {how}, recorded {self.recorded} times{f'; {self.why}' if self.why else ''}"
+
+    def takes(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this forward pass is one generated token per row and nothing else is asked of it."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        more = [n for n, x in kwargs.items() if n not in TAKEN and x is not None and x is not False]
+        return (
+            not more
+            and self.tries < TRIES
+            and isinstance(ids, Tensor)
+            and ids.shape[1] == 1
+            and (mask is None or mask.dim() == 2)
+            and not torch.is_grad_enabled()
+            and all(len(x.state.window) and not x.record_past and not x.undo for x in self.layers)
+            and len(ids) == len(self.layers[0].state.window.pos.value)
+            and not self._refused()
+        )
+
+    def _refused(self) -> bool:
+        """Whether a store says that its steps cannot be recorded."""
+        stores = (layer.state.store for layer in self.layers)
+        self.why = next((x.unsteady for x in stores if x is not None and x.unsteady), self.why)
+        return any(x.unsteady for x in (layer.state.store for layer in self.layers) if x is not None)
+
+    def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """One step. forward: the model's own. Pads are in the cache as empty slots: the mask has nothing to add."""
+        self._fix(kwargs)
+        self._serve()
+        if self.again is not None:
+            self.again()
+            for layer in self.layers:
+                layer.stepped()
+            out = self.out
+        else:
+            run = functools.partial(self._forward, forward)
+            out = self._first(run) if self.out is None else self._recorded(run)
+        if out is None:
+            return forward(**kwargs)
+        out = type(out)(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in out.items()})
+        self.wished = _later(self.wishes)
+        self._settle({i for i, layer in enumerate(self.layers) if layer.between_steps(ROOM)})
+        return out
+
+    def _first(self, run: Callable[[], tuple[Any, str]]) -> Any:
+        """From Python, which also compiles the kernels a step needs. If it changed no shape, the next is recorded."""
+        out, why = run()
+        if why:
+            self._hold()
+            self.why, self.tries = why, self.tries + 1
+        else:
+            self.out, self.tries = out, 0
+        return out
+
+    def _recorded(self, run: Callable[[], tuple[Any, str]]) -> Any:
+        """None where that failed and nothing was done."""
+        before = [layer.state.fork() for layer in self.layers]
+        self.drop()
+        try:
+            (self.out, why), self.again = RECORDERS[self.device.type](run)
+            if why:
+                raise RuntimeError(why)
+        except Exception as error:
+            self.why, self.tries = f"{type(error).__name__}: {str(error).splitlines()[0]}", TRIES
+            for layer, state in zip(self.layers, before, strict=True):
+                layer.state = state  # type: ignore[assignment]
+            self.release()
+            return None
+        self.recorded += 1
+        return self.out
+
+    def _forward(self, forward: Callable[..., Any]) -> tuple[Any, str]:
+        """A step from Python, and why it may not be repeated."""
+        for layer in self.layers:
+            layer.column = self.column
+        try:
+            out = forward(**self.inputs, **using(self.cache), use_cache=True)
+        finally:
+            for layer in self.layers:
+                layer.column = None
+        self.column.add_(1)
+        why = self._put_back(range(len(self.layers)))
+        self.wishes = self._wishes()
+        return out, why
+
+    # ---- between steps
+
+    def _late(self) -> list[tuple[int, Late]]:
+        """Of each layer, what wants something."""
+        stores = ((i, layer.state.store) for i, layer in enumerate(self.layers))
+        return [(i, x) for i, store in stores if store for x in store.late() if x.wanted is not None]
+
+    def _wishes(self) -> Tensor | None:
+        """bool, whether each of them does."""
+        wanted = [x.wanted.any() for _, x in self._late() if x.wanted is not None]
+        return torch.stack(wanted) if wanted else None
+
+    def _serve(self) -> None:
+        """What was wanted by the last step. The host learns it for all layers at once."""
+        wanted = self.wished()
+        late = self._late()
+        if len(wanted) == len(late):
+            self._settle({i for (i, x), yes in zip(late, wanted, strict=True) if x.serve(yes)})
+
+    def _settle(self, changed: set[int]) -> None:
+        """Where these layers hold other tensors now, put them where the recorded step expects them, or record anew."""
+        if changed and self._put_back(changed):
+            self.drop()
+            self._hold()
+
+    # ---- memory that stays
+
+    def _fix(self, kwargs: dict[str, Any]) -> None:
+        """Everything where the step expects it: the windows, the inputs."""
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, self.cache.get_seq_length())
+        given = {"input_ids": ids, "position_ids": positions} | {n: x for n, x in kwargs.items() if n in PASSED}
+        if any(layer.state.window.slot is None for layer in self.layers) or _outline(given) != _outline(self.inputs):
+            self.release()
+            self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+            self.column = torch.full((1,), self.cache.get_seq_length(), dtype=torch.int32, device=self.device)
+            for layer in self.layers:
+                layer.settle()
+                layer.fix(ROOM)
+            self._hold()
+            self.wished = _later(self._wishes())
+        for name in ("input_ids", "position_ids"):
+            self.inputs[name].copy_(given[name])
+
+    def release(self) -> None:
+        """Steps run from Python again."""
+        self.drop()
+        for layer in self.layers:
+            layer.loosen()
+
+    def _hold(self) -> None:
+        """From here on every tensor stays where it is."""
+        self.held = [_tensors(layer.state) for layer in self.layers]
+        self.told = [_outline(layer.state) for layer in self.layers]
+
+    def _put_back(self, layers: Iterable[int]) -> str:
+        """Copy what was replaced to where it was. -> why that cannot be, and then nothing is copied."""
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+        for i in layers:
+            state = self.layers[i].state
+            if _outline(state) != self.told[i]:
+                return f"what layer {i} holds changes its shape"
+            for to, x in zip(self.held[i], _tensors(state), strict=True):
+                if to is not x and moved.setdefault(id(to), (to, x))[1] is not x:
+                    return f"what was one tensor in layer {i} became two"
+        written = {to.untyped_storage().data_ptr() for to, _ in moved.values()}
+        sources = [x.clone() if x.untyped_storage().data_ptr() in written else x for _, x in moved.values()]
+        for (to, _), x in zip(moved.values(), sources, strict=True):
+            to.copy_(x)
+        for i in layers:
+            places = iter(self.held[i])
+            _swap(self.layers[i].state, lambda _, places=places: next(places))
+        return ""
+
+
+def _later(flags: Tensor | None) -> Callable[[], list[bool]]:
+    """Their values, once they are asked for; on the way to the host meanwhile."""
+    if flags is None:
+        return list
+    if flags.device.type == "cpu":
+        return flags.tolist
+    there, event = torch.empty_like(flags, device="cpu", pin_memory=True), torch.cuda.Event()
+    there.copy_(flags, non_blocking=True)
+    event.record()
+
+    def values() -> list[bool]:
+        event.synchronize()
+        return there.tolist()
+
+    return values
+
+
+@functools.cache
+def _recording(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class of models, which leaves the steps of a cache that has a `steady` to it."""
+    plain = kind.forward
+    names = [*inspect.signature(plain).parameters][1:]
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        steady = getattr(named.get(CACHE, named.get("past_key_values")), "steady", None)
+        if steady is not None and steady.takes(named):
+            return steady(functools.partial(plain, self), named)
+        if steady is not None:
+            steady.release()
+        return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _install(model: nn.Module) -> None:
+    """A method rather than a closure over the model: a copy of the model gets one of its own."""
+    own = _recording(type(model))
+    if "forward" not in vars(model):
+        model.forward = types.MethodType(own, model)
+    elif getattr(model.forward, "__func__", None) is not own:
+        raise ValueError(
+            f"graph=True cannot follow {type(model).__name__}.forward, which something replaced (accelerate?)"
+        )
+
+
+def _tensors(state: State) -> list[Tensor]:
+    found: list[Tensor] = []
+    _swap(state, lambda x: found.append(x) or x)
+    return found
+
+
+def _swap(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor on the device replaced by `fn` of it, always in the same order."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Host | Shared):
+        return value
+    if isinstance(value, State):
+        for name, item in vars(value).items():
+            setattr(value, name, _swap(item, fn))
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _swap(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {name: _swap(item, fn) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_swap(item, fn) for item in value)
+    return value
+
+
+def _outline(value: Any) -> Any:
+    """All that a recorded step takes for granted: shapes, and what is kept in Python, but for what only counts."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, Host | Shared):
+        return None
+    if isinstance(value, State):
+        return [type(value), *((n, _outline(x)) for n, x in vars(value).items() if n not in value.counts)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [type(value), *(_outline(getattr(value, f.name)) for f in dataclasses.fields(value))]
+    if isinstance(value, dict):
+        return [(name, _outline(item)) for name, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_outline(item) for item in value]
+    return value if isinstance(value, int | float | str | None) else id(value)

@@ -1,0 +1,157 @@
+"""Recorded steps are the steps that would have run from Python."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from calidrop import steady
+from calidrop.cache import KVCache
+from calidrop.plugin import using
+from tape import tape
+from tiny import batch, generate, tiny, worst
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SNAP = "snapkv(budget=24, recent=8)"
+# and how often they are recorded in 48 steps
+RECORDED = {
+    "full": 1,
+    "streaming_llm(budget=24, sinks=2)": 1,
+    "h2o(budget=24)": 1,
+    "tova(budget=24)": 1,
+    "adakv(budget=24, recent=8)": 1,
+    "pyramidkv(budget=24, recent=8)": 1,
+    "expected_attention(budget=24)": 1,
+    "lazy_eviction(budget=24, window=8)": 1,
+    "g_kv(budget=24)": 1,
+    "r_kv(budget=24)": 1,
+    SNAP: 1,
+    "snapkv(budget=24, recent=8, every=4)": 1,
+    f"{SNAP}+kvcrush": 1,
+    f"{SNAP}+int4": 1,
+    f"{SNAP}+mikv": 1,
+    f"{SNAP}+calidrop(late=1)": 1,
+    f"{SNAP}+calidrop(late=1, decide='layer', order=0)": 1,
+    f"{SNAP}+calidrop(offload=False)": 1,
+    f"{SNAP}+calidrop(summary=4, offload=False)": 1,
+    "h2o(budget=24, every=4)+calidrop(late=2)": 1,
+    "ott": 1,
+    "mixkvq": 1,
+    "int8": 3,  # 16 tokens go to the store at a time, which grows
+    "think(0.4)": 3,
+    "kivi(bits=4, group=8, residual=16)": 6,
+}
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch):
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    if DEVICE == "cpu":
+        monkeypatch.setenv("CALIDROP_KERNEL", "torch")  # the C++ kernel is not on the tape
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny().to(DEVICE)
+
+
+def inputs(**kwargs):
+    return {name: x.to(DEVICE) for name, x in batch(**kwargs).items()}
+
+
+def both(model, recipe, given, new=48, **kwargs):
+    """With steps from Python and recorded. -> the caches"""
+    plain, steps = KVCache(model, recipe), KVCache(model, recipe, graph=True)
+    (want, want_logits), (got, logits) = (generate(model, given, c, new, **kwargs) for c in (plain, steps))
+    assert torch.equal(got, want)
+    assert want_logits is None or worst(logits, want_logits) < 1e-4
+    assert steps.get_seq_length() == plain.get_seq_length()
+    return plain, steps
+
+
+@pytest.mark.parametrize("recipe", RECORDED)
+def test_same_as_from_python(llama, recipe):
+    plain, steps = both(llama, recipe, inputs())
+    assert steps.steady.recorded == RECORDED[recipe] and "replayed" in steps.describe()
+    (a, b) = ([[(x.form, x.how) for x in layer] for layer in c.holdings()] for c in (plain, steps))
+    assert a == b
+    assert abs(steps.recompute_rate - plain.recompute_rate) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "qwen3"])
+def test_families(family):
+    _, steps = both(tiny(family).to(DEVICE), SNAP, inputs())
+    # experts are looked up on the host
+    assert steps.steady.recorded or (family == "gpt_oss" and "asks the host" in steps.describe())
+
+
+def test_everything_else_goes_on_from_python(llama):
+    both(llama, SNAP, inputs(), num_beams=3, output_logits=False)
+    _, steps = both(llama, SNAP, inputs(rows=1), prompt_lookup_num_tokens=3, output_logits=False)
+    assert not steps.steady.recorded
+
+
+@pytest.mark.parametrize(
+    "recipe", [SNAP, "h2o(budget=24)", f"{SNAP}+calidrop(late=1)", "kivi(bits=4, group=8, residual=16)"]
+)
+@torch.no_grad()
+def test_turns_rows_and_plain_calls(llama, recipe):
+    """Steps, a second prompt, steps, other rows, steps: none of them knows of what was recorded."""
+    found = []
+    for graph in (False, True):
+        cache, ids = KVCache(llama, recipe, graph=graph), inputs()["input_ids"]
+        logits = [llama(ids, **using(cache), use_cache=True).logits[:, -1:]]
+        for turn in range(3):
+            for _ in range(20):
+                logits.append(llama(logits[-1].argmax(-1), **using(cache), use_cache=True).logits)
+            if turn == 0:
+                logits.append(llama(ids[:, :11], **using(cache), use_cache=True).logits[:, -1:])
+            if turn == 1:
+                cache.reorder_cache(torch.tensor([1, 1], device=DEVICE))
+                logits.append(logits[-1][[1, 1]])
+        found.append(torch.stack(logits))
+    assert worst(*found) < 1e-3
+    assert cache.steady is not None and cache.steady.recorded >= 3
+
+
+def test_what_waits_for_the_host_says_so(llama):
+    _, steps = both(llama, f"{SNAP}+calidrop", inputs())
+    assert not steps.steady.recorded
+    assert "run from Python, recorded 0 times; calidrop waits for the host" in steps.describe()
+
+
+def test_a_step_that_fails_to_record_is_run(llama, monkeypatch):
+    def broken(fn):
+        fn()
+        raise RuntimeError("no graph today\nbut a trace")
+
+    monkeypatch.setitem(steady.RECORDERS, DEVICE, broken)
+    if DEVICE == "cpu":  # where recording has run the step already
+        monkeypatch.setitem(steady.RECORDERS, DEVICE, lambda fn: 1 / 0)
+    _, steps = both(llama, SNAP, inputs())
+    assert not steps.steady.recorded and steps.steady.why
+
+
+def test_the_model_stays_what_it_was(llama):
+    model = copy.deepcopy(llama)
+    takes = inspect.signature(model.forward)
+    KVCache(model, graph=True)
+    KVCache(model, SNAP, graph=True)
+    assert inspect.signature(model.forward) == takes
+    other = copy.deepcopy(model)
+    assert other.forward.__self__ is other
+    with torch.no_grad():
+        ids = inputs()["input_ids"]
+        assert torch.equal(other(ids).logits, model(input_ids=ids).logits)
+
+
+def test_refusals(monkeypatch):
+    monkeypatch.delitem(steady.RECORDERS, "cpu")
+    with pytest.raises(ValueError, match="needs a model on one cuda device, got cpu"):
+        KVCache(tiny().to("cpu"), graph=True)
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    model = tiny()
+    model.forward = model.forward
+    with pytest.raises(ValueError, match="which something replaced"):
+        KVCache(model, graph=True)
