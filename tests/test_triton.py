@@ -1,7 +1,9 @@
 """The Triton kernels (ops/gpu) against their oracles, interpreted where there is no GPU."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,7 @@ if (
 ):
     pytest.skip("the interpreter of triton before 3.9 needs numpy before 2.4", allow_module_level=True)
 
+from calidrop.ops.gpu import _shared
 from calidrop.ops.gpu.attention import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,10 +167,32 @@ def test_head_dims_that_are_no_power_of_two(recipe, D):
     check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
 
 
-@pytest.mark.parametrize("recipe", ["int4(residual=5)", "fp8(residual=5)", "kivi(bits=2, residual=7)"])
-def test_half_precision_rounds_weights_once(recipe):
-    kv, qs = coded(recipe, 64, torch.bfloat16)
+HALF = ["int8(residual=5)", "int4(residual=5)", "fp8(residual=5)", *(f"kivi(bits={b}, residual=7)" for b in (2, 4, 8))]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("recipe", HALF)
+def test_half_precision_rounds_weights_once(recipe, D):
+    kv, qs = coded(recipe, D, torch.bfloat16)
     check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-2)
+
+
+@pytest.mark.parametrize("recipe", ["int4(residual=5)", "fp8(residual=5)", "kivi(bits=4, residual=7)"])
+def test_codes_leave_no_range_of_fp16(recipe):
+    """Beside queries in bf16, codes are multiplied in fp16: with queries of any size, values whose scales differ by
+    1e5, and weights that are small but many."""
+    q, k, v = random_qkv(1, 2, 3, 200, 64)
+    v *= torch.logspace(-3, 2, 200)[:, None]
+    v[:, :, 100] *= 1e-4
+    k[:, :, 100] *= 40 / k[:, :, 100].norm(dim=-1, keepdim=True)  # most of the weight, nearly nothing to say
+    kv = run(recipe, tuple(x.to(torch.bfloat16).to(DEVICE) for x in (q, k, v)))  # type: ignore[arg-type]
+    for size in (1e-7, 1e6):
+        x = (k[:, :, 100:101].repeat_interleave(3, 1) * size).to(torch.bfloat16).to(DEVICE)
+        qs = Queries(x, torch.full((1, 1), 10_000, device=DEVICE), 10 / 1600 / size)
+        o, lse = decode(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], 16)
+        want, total = merge([attend(qs, t.k, t.v, t.pos) for t in live(kv)])
+        assert (lse - total).abs().max() < 2e-2
+        assert (o - want).norm() < 2e-2 * want.norm()
 
 
 @pytest.mark.parametrize(("W", "softcap"), [(1, None), (90, None), (90, 5.0)])
@@ -295,3 +320,69 @@ def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
     kernels = json.loads(done.stdout.splitlines()[-1])
     assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys"}
     assert all(k["STACK"] <= (64 if k["name"] == "_keys" else 16) for k in kernels)
+
+
+def _templates() -> list[str]:
+    """The assembler in `_shared.code` (e4m3, then integers), which only a GPU runs."""
+    source = inspect.getsource(_shared.code.fn)
+    return re.findall(r'f"""(.*?)"""', source, re.DOTALL)
+
+
+def _run(template: str, words: np.ndarray, **names: int) -> np.ndarray:
+    """What the few instructions in it make of registers of two words each: fp16 [n,2]."""
+    text = eval(f'f"""{template}"""', names)
+    lines = [x.strip() for x in re.sub(r"\.reg[^;]*;", "", text.strip().strip("{}")).split(";") if x.strip()]
+    held: dict[str, np.ndarray] = {"$1": words.astype(np.uint64)}
+
+    def value(x: str) -> np.ndarray:
+        return held[x] if x in held else np.full_like(words, int(x, 0), dtype=np.uint64)
+
+    def halves(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.uint32).view(np.float16).reshape(-1, 2).astype(np.float64)
+
+    for line in lines:
+        name, *rest = re.findall(r"[^\s,{}]+", line)
+        match name:
+            case "shr.b32":
+                held[rest[0]] = value(rest[1]) >> value(rest[2])
+            case "lop3.b32":
+                a, b, c = map(value, rest[1:4])
+                assert int(rest[4], 0) == (0xF0 & 0xCC) | 0xAA  # the table of (a & b) | c
+                held[rest[0]] = (a & b) | c
+            case "prmt.b32":
+                source, pick = value(rest[1]) | value(rest[2]) << 32, int(rest[3], 0)
+                chosen = [(source >> (8 * (pick >> 4 * i & 7))) & 255 for i in range(4)]
+                assert pick < 1 << 16 and not pick & 0x8888
+                held[rest[0]] = sum(byte << 8 * i for i, byte in enumerate(chosen))
+            case "mov.b32" if len(rest) == 3:  # into two halves
+                held[rest[0]], held[rest[1]] = value(rest[2]) & 0xFFFF, value(rest[2]) >> 16
+            case "mov.b32":
+                held[rest[0]] = value(rest[1])
+            case "fma.rn.f16x2":
+                a, b, c = (halves(value(x)) for x in rest[1:])
+                return (a * b + c).astype(np.float16)
+            case "cvt.rn.f16x2.e4m3x2":
+                codes = torch.from_numpy(value(rest[1]).astype(np.uint16).view(np.uint8).reshape(-1, 2).copy())
+                return codes.view(torch.float8_e4m3fn).to(torch.float16).numpy()
+            case _:
+                pytest.fail(f"unknown: {line}")
+    pytest.fail("no result")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_assembler_decodes_every_word(bits):
+    """Run here, as no GPU is needed for it: all 65536 words beside one another's mirror."""
+    low = np.arange(1 << 16, dtype=np.uint64)
+    both = np.stack([low, low[::-1]], 1)
+    for i in range(16 // bits):
+        for half in (0, 2 ** (bits - 1)):
+            got = _run(_templates()[1], low | low[::-1] << 16, I=i, BITS=bits, HALF=half, at=i * bits % 8)
+            assert np.array_equal(got, ((both >> (i * bits)) & (2**bits - 1)).astype(np.float64) - half)
+
+
+def test_the_assembler_decodes_every_float():
+    low = np.arange(1 << 16, dtype=np.uint64)
+    for i in range(2):
+        got = _run(_templates()[0], low | low[::-1] << 16, I=i)
+        want = torch.from_numpy(np.stack([low, low[::-1]], 1) >> 8 * i & 255).to(torch.uint8)
+        assert np.array_equal(got, want.view(torch.float8_e4m3fn).to(torch.float16).numpy(), equal_nan=True)

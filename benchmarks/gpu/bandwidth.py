@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,12 +12,21 @@ import torch.nn.functional as F
 from benchmarks.gpu import pieces
 from benchmarks.gpu.run import Run, show
 from calidrop import ops
-from calidrop.ops.gpu.attention import decode
+from calidrop.ops.gpu.attention import LEAST, Tile, decode
 
 NAMES = ["exact", "int8", "fp8", "int4", "kivi4", "kivi2"]
 LARGEST = 6 << 30  # bytes of exact keys and values that are rounded at once
 COLUMNS = [("format", "6"), ("tokens", "7"), ("batch", "3"), ("us", "9.1f"), ("gb_s", "7.0f"), ("of_copy", "6.1%"),
            ("of_exact", "5.2f"), ("host_us", "6.0f")]  # fmt: skip
+TILES: dict[str, list[Tile]] = {  # the first is `attention.tile_of`'s
+    "exact": [(64, 4, 3), (64, 4, 4)],
+    "int8": [(64, 4, 3), (128, 4, 3), (64, 2, 3)],
+    "fp8": [(128, 4, 3), (64, 4, 3), (64, 2, 3)],
+    "int4": [(128, 4, 3), (64, 4, 3), (64, 2, 3), (128, 4, 4)],
+    "kivi4": [(64, 2, 3), (128, 4, 3), (64, 4, 3), (32, 1, 3), (64, 2, 4)],
+    "kivi2": [(64, 1, 3), (64, 1, 4), (64, 2, 3)],
+    "int2": [(32, 1, 3), (64, 1, 3)],
+}
 
 
 def timed(run: Run, fn: Callable[[], object]) -> tuple[float, float]:
@@ -85,24 +95,25 @@ def _measured(run: Run, name: str, B: int, H: int, G: int, N: int, D: int) -> di
 
 
 def tune(run: Run) -> Iterator[dict]:
-    """Tiles and tokens per program of the decode kernel, at 32k tokens."""
-    B, H, G, D, N = (1, 2, 2, 32, 64) if run.tiny else (8, 8, 4, 128, 32 * 1024)
+    """Tiles of the decode kernel at 32k tokens, and for one row how many tokens are worth a program."""
+    N = 64 if run.tiny else 32 * 1024
+    for name, tiles in {"int4": [(32, 4, 2)]}.items() if run.tiny else TILES.items():
+        yield from _tuned(run, name, 2 if run.tiny else 8, N, [(tile, LEAST) for tile in tiles])
+        yield from _tuned(
+            run, name, 1, N, [(tiles[0], least) for least in ((32,) if run.tiny else (128, 256, 512, 1024))]
+        )
+
+
+def _tuned(run: Run, name: str, B: int, N: int, choices: list[tuple[Tile, int]]) -> Iterator[dict]:
+    H, G, D = (2, 2, 32) if run.tiny else (8, 4, 128)
     dtype = torch.float32 if run.tiny else torch.bfloat16
-    tiles = (
-        [(32, 4, 2)]
-        if run.tiny
-        else [(64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 3), (32, 4, 4), (64, 8, 3)]
-    )
-    for name in ("exact", "int4", "fp8", "kivi4"):
-        for batch in {B, 1}:
-            qs = pieces.queries(batch, H * G, 1, D, dtype, run.device)
-            parts = pieces.stored(name, pieces.tokens(batch, H, N, D, dtype, run.device)).attend(qs)
-            for tile in tiles:
-                for least in (32,) if run.tiny else (128, 512, 1024):
-                    row = {"format": name, "tokens": N, "batch": batch, "tile": f"{tile} {least}"}
+    qs = pieces.queries(B, H * G, 1, D, dtype, run.device)
+    parts = pieces.stored(name, pieces.tokens(B, H, N, D, dtype, run.device)).attend(qs)
 
-                    def measure(qs=qs, parts=parts, tile=tile, least=least) -> dict:
-                        us = timed(run, lambda: decode(qs, parts, least, tile))[0]
-                        return {"us": us, "gb_s": pieces.held_bytes(parts) / us / 1e3}
+    def measure(tile: Tile, least: int) -> dict:
+        us = timed(run, lambda: decode(qs, parts, least, tile))[0]
+        return {"us": us, "gb_s": pieces.held_bytes(parts) / us / 1e3}
 
-                    yield show(run.guarded(row, measure), [("tile", "20"), *COLUMNS])
+    for tile, least in choices:
+        row = {"format": name, "tokens": N, "batch": B, "tile": f"{tile} {least}"}
+        yield show(run.guarded(row, functools.partial(measure, tile, least)), [("tile", "20"), *COLUMNS])

@@ -21,7 +21,8 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin(-1), x.amax(-1)
     zero = low.to(torch.float16)
     # rounding zero to fp16 moves it; the scale must still reach the maximum
-    scale = ((high - zero.float()) / (2**bits - 1)).to(torch.float16)
+    steps = high.new_full((), 2**bits - 1)  # a tensor: on GPUs torch multiplies by the reciprocal of a number
+    scale = ((high - zero.float()) / steps).to(torch.float16)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant group is its zero
     codes = ((x - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero

@@ -59,6 +59,8 @@ def unread(x: Piece, qs: Queries) -> str:
         return "stored columns do not lie side by side"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
         return f"tokens are {x.columns['k'].dtype}"
+    if any(c.dtype == torch.uint8 and c.shape[-1] % 2 for c in (x.columns["k"], x.columns["v"])):
+        return "rows of codes are an odd number of bytes, the kernel reads words of two"
     if x.kind == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "the GPU has no 8-bit floats"
     if x.kind == "per channel":

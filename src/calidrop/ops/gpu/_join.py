@@ -12,8 +12,8 @@ def _sum(o, lse, bh, r, first, last, splits, top, R: tl.constexpr, DV: tl.conste
     """Weighted outputs of some splits, and their weights."""
     d = tl.arange(0, DVP)
     acc, l = tl.zeros([DVP], tl.float32), 0.0
-    for start in range(first, last, 16):
-        s = start + tl.arange(0, 16)
+    for start in range(first, last, 32):
+        s = start + tl.arange(0, 32)
         place = (bh.to(tl.int64) * splits + s) * R + r
         w = tl.exp(tl.load(lse + place, mask=s < last, other=float("-inf")) - top)
         x = tl.load(o + place[:, None] * DV + d[None, :], mask=(s < last)[:, None] & (d < DV)[None, :], other=0.0)

@@ -1,20 +1,27 @@
 """The first launch of decode attention: what every split of every piece says, `_join` joins. See `attention`.
 
 A program answers for one kv head from one stretch (split) of one piece; all queries of the head are the rows of a
-matrix product. Products are in the queries' dtype with fp32 sums: fp32 is exact, bf16 and fp16 round the weights once.
-Per token, scales and zeros are folded into scores and weights; per channel, codes are decoded in registers, as folding
-would cost as much on the 16 rows that a product has at least.
+matrix product. Products have fp32 sums and are in the queries' dtype, of codes in fp16 instead of bf16: fp32 is exact,
+half precision rounds the weights once. Per token, scales and zeros are folded into scores and weights; per channel,
+codes are decoded in registers, as folding would cost as much on the 16 rows that a product has at least.
+
+What codes cost is instructions, and the way of numbers between threads. So memory is read as words of two bytes that
+lie in registers as a product wants its operand, and `code` decodes them there. The words' first codes are one matrix,
+their second codes another, ...: their products are added up (keys per token), or `woven` together (all others).
 """
 
 # pyright: basic, reportAssignmentType=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from calidrop.ops.gpu._shared import product, unpacked
+from calidrop.ops.gpu._shared import code, exp2, log2, product, woven
 
 SLOTS = 4  # pieces a launch has room for
+LIFT = tl.constexpr(9.0)  # exp(9) is 8103, fp16 ends at 65504
+LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = [f"{name}{i}" for i in range(SLOTS) for name in ("n", "row", "head", "per", "end")]
 
 
@@ -42,90 +49,186 @@ def _bent(s, p, at, there, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _tokens(
-    x, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    x, p, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a slot: exact, or with a scale (and a zero) per token."""
-    coded: tl.constexpr = F[0] == 1
-    scaled: tl.constexpr = F[0] != 0
-    shrunk: tl.constexpr = 8 // F[1] if coded else 1  # channels an element of memory holds
-    HALF: tl.constexpr = 2.0 ** (F[1] - 1) if coded else 0.0  # what codes are less
-    dt: tl.constexpr = x.dtype if scaled or p[0].dtype.element_ty == x.dtype else tl.float32
-    d, dv = tl.arange(0, DP // shrunk), tl.arange(0, DVP // shrunk)
+    """Exact tokens."""
+    dt: tl.constexpr = x.dtype if p[0].dtype.element_ty == x.dtype else tl.float32
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     m = tl.full([RP], float("-inf"), tl.float32)
-    l, zeros, acc = tl.zeros([RP], tl.float32), tl.zeros([RP], tl.float32), tl.zeros([RP, DVP], tl.float32)
+    l, acc = tl.zeros([RP], tl.float32), tl.zeros([RP, DVP], tl.float32)
     x = x.to(dt)
-    total = tl.sum(x.to(tl.float32), 1)
     for t in range(start, stop, BLOCK):
         n = t + tl.arange(0, BLOCK)
         there, at = n < stop, base + n
-        seen_k = there[:, None] & (d < D // shrunk)[None, :]
-        seen_v = there[:, None] & (dv < DV // shrunk)[None, :]
-        k = unpacked(tl.load(p[0] + at[:, None] * (D // shrunk) + d[None, :], mask=seen_k, other=0), F[0], F[1])
-        v = unpacked(tl.load(p[1] + at[:, None] * (DV // shrunk) + dv[None, :], mask=seen_v, other=0), F[0], F[1])
+        seen_k = there[:, None] & (d < D)[None, :]
+        seen_v = there[:, None] & (dv < DV)[None, :]
+        k = tl.load(p[0] + at[:, None] * D + d[None, :], mask=seen_k, other=0)
+        v = tl.load(p[1] + at[:, None] * DV + dv[None, :], mask=seen_v, other=0)
         s = product(x, tl.trans(k.to(dt)))
-        if scaled:
-            k_scale = tl.load(p[4] + at, mask=there, other=0.0).to(tl.float32)
-            v_scale = tl.load(p[6] + at, mask=there, other=0.0).to(tl.float32)
-            s *= k_scale[None, :]
-        if coded:
-            zero = tl.load(p[5] + at, mask=there, other=0.0).to(tl.float32) + k_scale * HALF
-            s += total[:, None] * zero[None, :]
         w, shrink, m, l = _weigh(_bent(s * scale, p, at, there, softcap, CAPPED), m, l)
-        if coded:
-            zero = tl.load(p[7] + at, mask=there, other=0.0).to(tl.float32) + v_scale * HALF
-            zeros = zeros * shrink + tl.sum(w * zero[None, :], 1)
-        if scaled:
-            w *= v_scale[None, :]
         acc = acc * shrink[:, None] + product(w.to(dt), v.to(dt))
-    return m, l, acc + zeros[:, None]
+    return m, l, acc
+
+
+@triton.jit
+def _rows(q, there, P: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, RP: tl.constexpr, dtype: tl.constexpr):
+    """Queries as P matrices, of every P-th channel, over the power of two that brings them into fp16's range; and it.
+    q: [RP], where rows begin."""
+    raw, rows, most = (), (), tl.zeros([RP], tl.float32)
+    for i in tl.static_range(P):
+        d = tl.arange(0, WIDE) * P + i
+        x = tl.load(q[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        raw += (x,)
+        most = tl.maximum(most, tl.max(tl.abs(x), 1))
+    unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.where(unit > 0.0, unit, 1.0)
+    for i in tl.static_range(P):
+        rows += ((raw[i] / unit[:, None]).to(dtype),)
+    return rows, unit
+
+
+@triton.jit
+def _lifted(s, m):
+    """`_weigh` for codes: weights of up to exp(LIFT), so that fp16 loses none that count. They are added up after the
+    loop, as every sum over tokens is a barrier."""
+    top = tl.maximum(m, tl.max(s, 1) - LIFT)
+    base = tl.where(top == float("-inf"), 0.0, top) * LOG2E
+    return exp2(s * LOG2E - base[:, None]), exp2(m * LOG2E - base), top
+
+
+@triton.jit
+def _scales(p, base, n, stop):
+    """Scales of keys and values of some tokens, and zeros where there are any."""
+    there = n < stop
+    scales = (tl.load(p[4] + base + n, mask=there, other=0.0), tl.load(p[6] + base + n, mask=there, other=1.0))
+    if p[5] is not None:
+        zeros = (tl.load(p[5] + base + n, mask=there, other=0.0), tl.load(p[7] + base + n, mask=there, other=0.0))
+        scales += zeros
+    return scales
+
+
+@triton.jit
+def _codes(
+    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token a slot, with a scale (and a zero) per token. The scale of a token's values is in its weight, which would
+    leave fp16's range if it were multiplied with it later."""
+    bits: tl.constexpr = F[1]
+    P: tl.constexpr = 16 // bits  # codes a word holds
+    HALF: tl.constexpr = 2 ** (bits - 1) if F[0] == 1 else 0
+    K: tl.constexpr = DP // P if DP // P > 16 else 16  # words of a key
+    V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # and of a value
+    dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    d, dv = tl.arange(0, K), tl.arange(0, V)
+    x, size_of = _rows(q, rows, P, D, K, RP, dt)
+    total, acc = tl.zeros([RP], tl.float32), ()
+    for i in tl.static_range(P):
+        total += tl.sum(x[i].to(tl.float32), 1)
+        acc += (tl.zeros([RP, V], tl.float32),)
+    m = tl.full([RP], float("-inf"), tl.float32)
+    l, zeros = tl.zeros([RP, BLOCK], tl.float32), tl.zeros([RP, BLOCK], tl.float32)
+    keys, values = p[0] + base * (D // P), p[1] + base * (DV // P)
+    ahead = _scales(p, base, start + tl.arange(0, BLOCK), stop)
+    for t in range(start, stop, BLOCK):
+        n = t + tl.arange(0, BLOCK)
+        there, scales = n < stop, ahead
+        ahead = _scales(p, base, n + BLOCK, stop)  # of the next tokens: nobody else asks for them in time
+        seen_k = there[:, None] & (d < D // P)[None, :]
+        seen_v = there[:, None] & (dv < DV // P)[None, :]
+        k = tl.trans(tl.load(keys + n[:, None] * (D // P) + d[None, :], mask=seen_k, other=0))
+        v = tl.load(values + n[:, None] * (DV // P) + dv[None, :], mask=seen_v, other=0)
+        s = tl.zeros([RP, BLOCK], tl.float32)
+        for i in tl.static_range(P):
+            s = product(x[i], code(k, i, F[0], bits, HALF, dt), s)
+        k_scale = scales[0].to(tl.float32)
+        v_scale = scales[1].to(tl.float32)
+        depth = log2(v_scale)
+        inverse = exp2(-depth)
+        s *= k_scale[None, :]
+        if F[0] == 1:
+            zero = scales[2].to(tl.float32) + k_scale * HALF
+            s += total[:, None] * zero[None, :]
+        s = _bent(s * (scale * size_of)[:, None], p, base + n, there, softcap, CAPPED) + (depth / LOG2E)[None, :]
+        w, shrink, m = _lifted(s, m)
+        l = l * shrink[:, None] + w * inverse[None, :]
+        if F[0] == 1:
+            zero = scales[3].to(tl.float32) * inverse + HALF
+            zeros = zeros * shrink[:, None] + w * zero[None, :]
+        new = ()
+        for i in tl.static_range(P):
+            new += (product(w.to(dt), code(v, i, F[0], bits, HALF, dt), acc[i] * shrink[:, None]),)
+        acc = new
+    return m, tl.sum(l, 1), woven(acc, P) + tl.sum(zeros, 1)[:, None]
+
+
+@triton.jit
+def _repeated(x, n: tl.constexpr):
+    """[rows,columns] -> [rows,columns*n]"""
+    y = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], n))
+    return tl.reshape(y, (x.shape[0], x.shape[1] * n))
 
 
 @triton.jit
 def _units(
-    x, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A unit of tokens a slot: keys [D,group] with a scale and zero per channel, values [group,Dv] per token over
     groups of channels."""
-    per: tl.constexpr = 8 // F[1]
+    P: tl.constexpr = 16 // F[1]  # codes a word holds
     group: tl.constexpr = F[2]
-    many: tl.constexpr = BLOCK // group if group < BLOCK else 1  # units at a time
-    size: tl.constexpr = many * group
-    HALF: tl.constexpr = 2.0 ** (F[1] - 1)  # what codes are less
-    sets: tl.constexpr = DVP // F[3]  # groups of channels, with those of the padding
-    d, dv, byte, g = tl.arange(0, DP), tl.arange(0, DVP // per), tl.arange(0, group // per), tl.arange(0, sets)
+    size: tl.constexpr = BLOCK if BLOCK > 8 * P else 8 * P  # a product has 8 columns at least
+    many: tl.constexpr = size // group if group < size else 1  # units at a time
+    K: tl.constexpr = group // P  # words of a channel of a unit
+    V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # words of a token
+    G: tl.constexpr = F[3] // P  # words of a group of channels
+    dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    d, dv, g = tl.arange(0, DP), tl.arange(0, V), tl.arange(0, V // G)
+    x, size_of = _rows(q, rows, 1, D, DP, RP, dt)
+    acc = ()
+    for _ in tl.static_range(P):
+        acc += (tl.zeros([RP, V], tl.float32),)
     m = tl.full([RP], float("-inf"), tl.float32)
-    l, acc = tl.zeros([RP], tl.float32), tl.zeros([RP, DVP], tl.float32)
-    for t in range(start, stop, many):
-        u = t + tl.arange(0, many)
-        seen = (u < stop)[None, :] & (d < D)[:, None]  # [DP,many]
-        channel = (base + u)[None, :] * D + d[:, None]
-        k = tl.load(p[0] + channel[:, :, None] * (group // per) + byte[None, None, :], mask=seen[:, :, None], other=0)
-        k_scale = tl.load(p[4] + channel, mask=seen, other=0.0).to(tl.float32)
-        k_zero = tl.load(p[5] + channel, mask=seen, other=0.0).to(tl.float32) + k_scale * HALF
-        k = unpacked(k, F[0], F[1]).to(tl.float32) * k_scale[:, :, None] + k_zero[:, :, None]
-        n = t * group + tl.arange(0, size)
+    l = tl.zeros([RP, size], tl.float32)
+    for t in range(start * group, stop * group, size):
+        word = t // P + tl.arange(0, size // P)
+        seen = (word < stop * K)[None, :] & (d < D)[:, None]
+        place = ((base + word // K)[None, :] * D + d[:, None]) * K + (word % K)[None, :]
+        k = tl.load(p[0] + place, mask=seen, other=0)
+        u = t // group + tl.arange(0, many)
+        seen = (u < stop)[None, :] & (d < D)[:, None]
+        place = (base + u)[None, :] * D + d[:, None]
+        k_scale = _repeated(tl.load(p[4] + place, mask=seen, other=0.0), size // P // many).to(dt)
+        k_zero = _repeated(tl.load(p[5] + place, mask=seen, other=0.0), size // P // many).to(dt)
+        n = t + tl.arange(0, size)
         there, at = n < stop * group, base * group + n
-        seen_v = there[:, None] & (dv < DV // per)[None, :]
-        v = tl.load(p[1] + at[:, None] * (DV // per) + dv[None, :], mask=seen_v, other=0)
+        seen = there[:, None] & (dv < DV // P)[None, :]
+        v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=seen, other=0)
+        seen = there[:, None] & (g < DV // F[3])[None, :]
         place = at[:, None] * (DV // F[3]) + g[None, :]
-        seen_g = there[:, None] & (g < DV // F[3])[None, :]
-        v_scale = tl.load(p[6] + place, mask=seen_g, other=0.0).to(tl.float32)
-        v_zero = tl.load(p[7] + place, mask=seen_g, other=0.0).to(tl.float32) + v_scale * HALF
-        v = tl.reshape(unpacked(v, F[0], F[1]).to(tl.float32), (size, sets, F[3]))
-        v = tl.reshape(v * v_scale[:, :, None] + v_zero[:, :, None], (size, DVP))
-        s = product(x, tl.reshape(k, (DP, size)).to(x.dtype))
-        w, shrink, m, l = _weigh(_bent(s * scale, p, at, there, softcap, CAPPED), m, l)
-        acc = acc * shrink[:, None] + product(w.to(x.dtype), v.to(x.dtype))
-    return m, l, acc
+        v_scale = _repeated(tl.load(p[6] + place, mask=seen, other=0.0), G).to(dt)
+        v_zero = _repeated(tl.load(p[7] + place, mask=seen, other=0.0), G).to(dt)
+        s = ()
+        for i in tl.static_range(P):
+            s += (product(x[0], tl.fma(code(k, i, 2, F[1], 0, dt), k_scale, k_zero)),)
+        s = woven(s, P) * (scale * size_of)[:, None]
+        w, shrink, m = _lifted(_bent(s, p, at, there, softcap, CAPPED), m)
+        l = l * shrink[:, None] + w
+        new = ()
+        for i in tl.static_range(P):
+            y = tl.fma(code(v, i, 2, F[1], 0, dt), v_scale, v_zero)
+            new += (product(w.to(dt), y, acc[i] * shrink[:, None]),)
+        acc = new
+    return m, tl.sum(l, 1), woven(acc, P)
 
 
 @triton.jit
 def _ask(
     q, turned, o, lse, part, splits, p, F: tl.constexpr, n, row, head, per, first, scale, softcap, CAPPED: tl.constexpr,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    RP: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
+    RP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """What slots (part - first) * per ... of a piece say. first: the piece's first split."""
     bh = tl.program_id(0)
@@ -138,21 +241,23 @@ def _ask(
         count = n.to(tl.int64)
     start = (part - first) * per
     stop = tl.minimum(start + per, count).to(tl.int32)
-    r, d, dv = tl.arange(0, RP), tl.arange(0, DP), tl.arange(0, DVP)
+    r = tl.arange(0, RP)
     source = turned if F[4] > 1 else q
     scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
-    x = tl.load(
-        source + (bh.to(tl.int64) * R + r)[:, None] * D + d[None, :],
-        mask=(r < R)[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
-    if F[0] == 2:
-        m, l, acc = _units(x, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, BLOCK)
+    rows = source + (bh.to(tl.int64) * R + r) * D
+    if F[0] == 0:
+        d = tl.arange(0, DP)
+        x = tl.load(rows[:, None] + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+        m, l, acc = _tokens(x, p, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+    elif F[0] == 2:
+        m, l, acc = _units(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     else:
-        m, l, acc = _tokens(x, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, BLOCK)
+        m, l, acc = _codes(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     place = (bh.to(tl.int64) * splits + part) * R + r
     tl.store(lse + place, tl.where(empty, float("-inf"), m + tl.log(l)), mask=r < R)
+    dv = tl.arange(0, acc.shape[1])
     here = (r < R)[:, None] & (dv < DV)[None, :]
     tl.store(o + place[:, None] * DV + dv[None, :], acc / l[:, None], mask=here)
 
@@ -164,22 +269,22 @@ def _split(
     p2, n2, row2, head2, per2, end2, p3, n3, row3, head3, per3, end3,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr, CAPPED: tl.constexpr,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    RP: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
+    RP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """grid (row and kv head, split). skip: splits of earlier launches. end: the split behind a piece's last."""
     part = tl.program_id(1) + skip
     if part < end0:
         _ask(q, turned, o, lse, part, splits, p0, F0, n0, row0, head0, per0, skip, scale, softcap, CAPPED,
-             H, R, D, DV, DP, DVP, RP, BH, BLOCK)  # fmt: skip
+             H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
     if F1 is not None:
         if (part >= end0) & (part < end1):
             _ask(q, turned, o, lse, part, splits, p1, F1, n1, row1, head1, per1, end0, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH, BLOCK)  # fmt: skip
+                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
     if F2 is not None:
         if (part >= end1) & (part < end2):
             _ask(q, turned, o, lse, part, splits, p2, F2, n2, row2, head2, per2, end1, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH, BLOCK)  # fmt: skip
+                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
     if F3 is not None:
         if part >= end2:
             _ask(q, turned, o, lse, part, splits, p3, F3, n3, row3, head3, per3, end2, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH, BLOCK)  # fmt: skip
+                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip

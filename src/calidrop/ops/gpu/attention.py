@@ -20,37 +20,47 @@ from calidrop.ops.piece import Piece
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3}
 COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens
-LEAST = 128  # tokens worth a program
+LEAST = 256  # tokens worth a program
+Tile = tuple[int, int, int]  # tokens at a time, warps, pipeline stages
+# by kind and bits, for up to 16 rows of 128 channels of half precision
+TILES = {
+    ("per token", 8): (64, 4, 3),
+    ("per token", 4): (128, 4, 3),
+    ("e4m3", 8): (128, 4, 3),
+    ("per channel", 8): (64, 2, 3),
+    ("per channel", 4): (64, 2, 3),
+}
+# warps divide the columns of a product: where it has 16, the words of a value, all but one would be idle
+NARROW = {"per token": (32, 1, 3), "per channel": (64, 1, 3), "e4m3": (64, 1, 3)}
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def _warps(device: torch.device) -> int:
     """How many it takes to keep the device busy."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
-def decode(
-    qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, tile: tuple[int, int, int] | None = None
-) -> Partial:
+def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, tile: Tile | None = None) -> Partial:
     """Attention over the union of disjoint sets, all of them visible: two launches (and one more per four further
-    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. least: tokens worth a program. tile: tokens at a
-    time, warps and pipeline stages of the first launch, where it is not to be `tile_of` the shape."""
+    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. least: tokens worth a program. tile: of the first
+    launch, where it is not to be `tile_of` the pieces."""
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
     H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
     R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
     turned = q @ signs(D, q.device, q.dtype) if rotated else q
-    block, warps, stages = tile or tile_of(D, Dv, R, q.dtype)
-    per, ends = _stretches(pieces, B * H, block, max(least, block), q.device)
+    block, warps, stages = tile or tile_of(pieces, D, R, q.dtype)
+    blocks = [block if p.kind != "exact" or _all_exact(pieces) else max(16, min(block, 8 * warps)) for p in pieces]
+    per, ends = _stretches(pieces, B * H, blocks, least, _warps(q.device) // warps)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
     for i in range(0, len(pieces), SLOTS):
-        told, formats = _told(pieces[i : i + SLOTS], per[i:], ends[i + 1 :], D)
+        told, formats = _told(pieces[i : i + SLOTS], per[i:], ends[i + 1 :], blocks[i:], D)
         launch(
             _split, (B * H, ends[min(i + SLOTS, len(pieces))] - ends[i]), q, turned, o, lse, ends[-1], ends[i],
             qs.scale, qs.softcap or 0.0, *told, **formats, CAPPED=qs.softcap is not None,
-            H=H, R=R, D=D, DV=Dv, DP=padded(D), DVP=padded(Dv), RP=padded(R), BH=padded(B * H), BLOCK=block,
+            H=H, R=R, D=D, DV=Dv, DP=padded(D), DVP=padded(Dv), RP=padded(R), BH=padded(B * H),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     launch(
@@ -61,21 +71,32 @@ def decode(
     return out, out_lse
 
 
-def tile_of(D: int, Dv: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Tokens at a time, warps, pipeline stages: what fits the shared memory of a GPU (100 kB on the smaller ones)."""
-    wide = padded(max(D, Dv)) * (2 if dtype == torch.float32 else 1)
+def _all_exact(pieces: list[Piece]) -> bool:
+    return all(p.kind == "exact" for p in pieces)
+
+
+def tile_of(pieces: list[Piece], D: int, rows: int, dtype: torch.dtype) -> Tile:
+    """What the largest piece in codes is read fastest with (exact tokens beside it take less at a time, as the launch
+    has the shared memory of its largest), within what a GPU has (100 kB on the smaller ones)."""
+    wide = padded(max(D, pieces[0].value_dim)) * (2 if dtype == torch.float32 else 1)
+    coded = [p for p in pieces if p.kind != "exact"]
+    if coded and (dtype == torch.float32 or rows > 16):
+        return 32, 4, 2
+    if coded and wide <= 128:
+        p = max(coded, key=lambda p: p.slots * p.group)
+        return NARROW[p.kind] if padded(p.value_dim) * p.bits <= 256 else TILES[p.kind, p.bits]
     stages = 3 if wide <= 128 and rows <= 32 else 2
     return (128 if wide <= 64 else 64 if wide <= 128 else 32), 4, stages
 
 
 def _stretches(
-    pieces: list[Piece], heads: int, block: int, least: int, device: torch.device
+    pieces: list[Piece], heads: int, blocks: list[int], least: int, programs: int
 ) -> tuple[list[int], list[int]]:
     """How many slots a program takes of each piece, and the splits before each piece, from lengths the host knows.
     Programs take about the same number of tokens; a shorter head leaves some idle."""
-    share = max(least, -(-sum(p.slots * p.group for p in pieces) * heads // _programs(device)))
+    share = max(least, *blocks, -(-sum(p.slots * p.group for p in pieces) * heads // programs))
     per, ends = [], [0]
-    for p in pieces:
+    for p, block in zip(pieces, blocks, strict=True):
         slots = -(-p.slots // -(-p.slots * p.group // share))
         step = max(1, block // p.group)
         per.append(-(-slots // step) * step)  # whole blocks
@@ -83,14 +104,22 @@ def _stretches(
     return per, ends
 
 
-def _told(pieces: list[Piece], per: list[int], ends: list[int], D: int) -> tuple[list[Any], dict[str, Any]]:
+def _told(
+    pieces: list[Piece], per: list[int], ends: list[int], blocks: list[int], D: int
+) -> tuple[list[Any], dict[str, Any]]:
     """What `_split` is told of the pieces of one launch, and their formats."""
     args: list[Any] = []
     formats: dict[str, Any] = {f"F{i}": None for i in range(SLOTS)}
     for i, p in enumerate(pieces):
         pitch = p.pitch()
         assert pitch is not None
-        columns: tuple[Tensor | None, ...] = (*(p.columns.get(name) for name in COLUMNS), p.lens)
+        columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens)
         args += [columns, p.slots, *pitch, per[i], ends[i]]
-        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, (D & -D) if p.rotate else 1)
+        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, (D & -D) if p.rotate else 1, blocks[i])
     return args + [None, 0, 0, 0, 0, 0] * (SLOTS - len(pieces)), formats
+
+
+def _words(p: Piece, name: str) -> Tensor | None:
+    """A column, bytes of codes as words of two."""
+    column = p.columns.get(name)
+    return column.view(torch.int16) if column is not None and column.dtype == torch.uint8 else column
