@@ -49,7 +49,7 @@ def test_every_cache_is_its_own_prefill(family, pads):
         own = KVCache(model, cache.recipe, eager=True)
         with torch.inference_mode():
             assert worst(model(**inputs, **using(own)).logits[:, -1], logits) < 1e-5
-        for mine, theirs in zip(own._mine, cache._mine, strict=True):
+        for mine, theirs in zip(own.layers_here, cache.layers_here, strict=True):
             for a, b in zip(tensors(mine.state), tensors(theirs.state), strict=True):
                 assert a.shape == b.shape
         assert (cache.nbytes, cache.host_nbytes, cache.full_nbytes) == (own.nbytes, own.host_nbytes, own.full_nbytes)

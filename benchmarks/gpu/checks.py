@@ -66,9 +66,9 @@ def _recorded(run: Run, recipe: str) -> float:
             input_ids=ids, attention_mask=mask, **using(cache), max_new_tokens=40, do_sample=False, pad_token_id=0,
             output_logits=True, return_dict_in_generate=True,
         ).logits))  # fmt: skip
-    assert cache.steady is not None
-    if not cache.steady.recorded:
-        raise RuntimeError(cache.steady.describe())
+    assert cache.steps is not None and cache.steps.steady is not None
+    if not cache.steps.steady.recorded:
+        raise RuntimeError(cache.steps.describe())
     return float((logits[0] - logits[1]).abs().max())
 
 

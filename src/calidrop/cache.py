@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
-from calidrop.steady import Steady
+from calidrop.steps import Steps
 from calidrop.support import attention_modules, check_model, key_sample, layer_kinds, rope_of
 
 
@@ -32,15 +33,22 @@ class KVCache(Cache):
     recipe: what to do, as a string or as parts ("full" compresses nothing). eager: in
     plain forward calls, compress every layer right after it attended a block of tokens, as `generate` does at the end
     of a prompt, instead of when the next token comes: the peak is one layer's full cache, and a prompt fed in several
-    calls is compressed call by call. graph: record decode steps and replay them, on a GPU as CUDA graphs, which takes
-    away nearly all time on the host (`steady.py`); where that cannot be, steps run as without, and `describe()` says
-    why. Recorded steps write in place: forks of the cache's states are no snapshots then.
+    calls is compressed call by call. graph: record decode steps and replay them as CUDA graphs, which takes away nearly
+    all time on the host (`steady.py`). compile: decode steps go through torch.compile as one graph, which takes a
+    minute or more at the first (`compiled.py`). Steps that cannot be had so run as ever, and `describe()` says why.
+    Recorded steps write in place: forks of the cache's states are no snapshots then.
 
     Raises ValueError for a recipe that makes no sense and for a model that cannot work.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: str | Part | Recipe = "full", *, eager: bool = False, graph: bool = False
+        self,
+        model: nn.Module,
+        recipe: str | Part | Recipe = "full",
+        *,
+        eager: bool = False,
+        graph: bool = False,
+        compile: bool = False,
     ):
         self.recipe = parse(recipe)
         config, layers = check_model(model), layers_of(model)
@@ -53,22 +61,27 @@ class KVCache(Cache):
         super().__init__(layers=[LayerKV(make(layer, reach), reach, eager) for layer, reach in layers])
         self.config = weakref.ref(config)
         self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
-        for layer in self._mine:
+        for layer in self.layers_here:
             layer.config = self.config
-        soft = next((layer.plan.soft for layer in self._mine if layer.plan.soft is not None), None)
+        soft = next((layer.plan.soft for layer in self.layers_here if layer.plan.soft is not None), None)
         if soft is not None:
             install(model, soft)
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        self.steady = Steady(self, model) if graph else None
+        self.steps = Steps(self, model, graph, compile) if graph or compile else None
 
     @property
-    def _mine(self) -> list[LayerKV]:
+    def layers_here(self) -> list[LayerKV]:
         return self.layers  # type: ignore[return-value]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # what the compiled step does with them: `compiled._attend`
+            return key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     # Pipeline parallelism: layers of other processes never fill, so no single layer can be asked.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(layer.state.seen for layer in self._mine)
+        return max(layer.state.seen for layer in self.layers_here)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()
@@ -81,17 +94,17 @@ class KVCache(Cache):
         end = _prompt_end(sys._getframe(1))
         if end is None and self.get_seq_length() == 0:
             raise ValueError("cannot tell where the prompt ends in this transformers version's assisted decoding")
-        for layer in self._mine:
+        for layer in self.layers_here:
             layer.activate_past_recording(end)
 
     def deactivate_past_recording(self) -> None:
         """The end of it: nothing recorded can be undone any more."""
-        for layer in self._mine:
+        for layer in self.layers_here:
             layer.record_past, layer.undo = False, []
 
     def compress(self) -> None:
         """Compress a prompt that is waiting now instead of at the next generated token."""
-        for layer in self._mine:
+        for layer in self.layers_here:
             layer.settle()
 
     @property
@@ -100,19 +113,19 @@ class KVCache(Cache):
         statistics included. Compresses a waiting prompt first. Where several processes share a model, this and the
         other counts are those of this process: its heads, or its layers."""
         self.compress()
-        return held_bytes([(layer.state, layer.undo) for layer in self._mine])
+        return held_bytes([(layer.state, layer.undo) for layer in self.layers_here])
 
     @property
     def host_nbytes(self) -> int:
         """Bytes held in host memory on purpose (evicted tokens that may be asked again)."""
         self.compress()
-        return held_bytes([(layer.state, layer.undo) for layer in self._mine], host=True)
+        return held_bytes([(layer.state, layer.undo) for layer in self.layers_here], host=True)
 
     @property
     def full_nbytes(self) -> int:
         """Bytes an uncompressed cache would hold for the same tokens (sliding layers: their window)."""
         total = 0
-        for layer in self._mine:
+        for layer in self.layers_here:
             s = layer.state
             if s.context is not None:
                 columns = s.seen if layer.reach is None else min(s.seen, layer.reach)
@@ -123,7 +136,7 @@ class KVCache(Cache):
     def recompute_rate(self) -> float:
         """The fraction of (step, layer, query head) with evicted tokens for which calidrop went back to them."""
         asked, steps = 0, 0
-        for layer in self._mine:
+        for layer in self.layers_here:
             if layer.state.store is not None:
                 more = layer.state.store.recomputed()
                 asked, steps = asked + more[0], steps + more[1]
@@ -132,19 +145,21 @@ class KVCache(Cache):
     def holdings(self) -> list[list[Holding]]:
         """Per layer, in what form it has every token. Compresses a waiting prompt first."""
         self.compress()
-        return [layer.holdings() for layer in self._mine]
+        return [layer.holdings() for layer in self.layers_here]
 
     def describe(self) -> str:
         """Per layer: what is stored how, tokens, bytes; and what computes attention."""
         self.compress()
-        device = next((x.device for layer in self._mine if (x := layer.state.context) is not None), torch.device("cpu"))
+        device = next(
+            (x.device for layer in self.layers_here if (x := layer.state.context) is not None), torch.device("cpu")
+        )
         lines = [
             f"{self.recipe}: {self.nbytes:,} bytes on the device, {self.host_nbytes:,} on the host, "
             f"{self.full_nbytes:,} uncompressed; decode by {ops.backend(device)}"
         ]
-        if self.steady is not None:
-            lines.append(f"  {self.steady.describe()}")
-        for i, layer in enumerate(self._mine):
+        if self.steps is not None:
+            lines.append(f"  {self.steps.describe()}")
+        for i, layer in enumerate(self.layers_here):
             elsewhere = layer.state.context is None and self.get_seq_length() > 0  # pipeline parallelism
             what = "in another process" if elsewhere else layer.describe()
             lines.append(f"  layer {i}: {what}; {held_bytes(layer.state):,} bytes")

@@ -215,6 +215,9 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: [B,Hq,T,D] -> [B,T,Hq,Dv]."""
+    if torch.compiler.is_compiling():
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.calidrop.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
     if not isinstance(attention_mask, PositionMask):
         attention_mask = PositionMask(visible=None if attention_mask is None else _from_tensor(attention_mask))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -46,6 +46,8 @@ def _layers(kwargs: dict[str, Any]) -> list[LayerKV]:
 
 
 def _append(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    if torch.compiler.is_compiling():  # a generated token: no prompt ends there
+        return None
     if args:
         kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
     layers = _layers(kwargs)
@@ -81,10 +83,14 @@ def _append(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
 
 
 def _cut(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
     layers = _layers(kwargs)
     n = layers[0].soft_columns if layers else 0
     if n == 0:
         return None
+    for layer in layers:
+        layer.soft_columns = 0
     B, T = kwargs["inputs_embeds"].shape[:2]
 
     def cut(x: Any) -> Any:

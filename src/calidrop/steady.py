@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calidrop.plugin import CACHE, using
 from calidrop.state import Host, Shared, State
 
 if TYPE_CHECKING:
@@ -34,17 +31,6 @@ if TYPE_CHECKING:
 
 ROOM = 256  # columns that a window is given at a time where nothing flushes it
 TRIES = 64  # steps in a row whose shapes changed, before it is given up
-PASSED = {"logits_to_keep", "return_dict"}
-TAKEN = PASSED | {
-    CACHE,
-    "past_key_values",
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-}
-
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Runs a function once, for good; gives what it returned, and how to run it again with results in the same memory."""
 
@@ -63,19 +49,12 @@ RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 class Steady:
     """The steps of one cache. why: what stood in the way of recording last. recorded: how often steps were."""
 
-    def __init__(self, cache: KVCache, model: nn.Module):
-        devices = sorted({str(x.device) for x in model.parameters()})
-        self.device = torch.device(devices[0])
-        if len(devices) > 1 or self.device.type not in RECORDERS:
-            raise ValueError(
-                f"graph=True needs a model on one {' or '.join(RECORDERS)} device, got {', '.join(devices)}"
-            )
-        self.cache = cache
+    def __init__(self, cache: KVCache, device: torch.device):
+        self.cache, self.device = cache, device
         self.why, self.recorded, self.tries = "", 0, 0
         self.inputs: dict[str, Any] = {}
         self.wished: Callable[[], list[bool]] = list
         self.drop()
-        _install(model)
 
     def drop(self) -> None:
         """Forget what was recorded; memory stays where it is."""
@@ -85,37 +64,26 @@ class Steady:
 
     @property
     def layers(self) -> list[LayerKV]:
-        return self.cache.layers  # type: ignore[return-value]
+        return self.cache.layers_here
 
     def describe(self) -> str:
-        how = "replayed" if self.again is not None else "run from Python"
-        return f"steps are {how}, recorded {self.recorded} times{f'; {self.why}' if self.why else ''}"
+        how = "replayed" if self.again is not None else "from Python"
+        return f"{how}, recorded {self.recorded} times{f' ({self.why})' if self.why else ''}"
 
-    def takes(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this forward pass is one generated token per row and nothing else is asked of it."""
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        more = [n for n, x in kwargs.items() if n not in TAKEN and x is not None and x is not False]
-        return (
-            not more
-            and self.tries < TRIES
-            and isinstance(ids, Tensor)
-            and ids.shape[1] == 1
-            and (mask is None or mask.dim() == 2)
-            and not torch.is_grad_enabled()
-            and all(len(x.state.window) and not x.record_past and not x.undo for x in self.layers)
-            and len(ids) == len(self.layers[0].state.window.pos.value)
-            and not self._refused()
-        )
+    def ready(self) -> bool:
+        """Whether steps can be recorded as far as is known."""
+        return self.tries < TRIES and all(len(layer.state.window) for layer in self.layers) and not self._refused()
 
     def _refused(self) -> bool:
         """Whether a store says that its steps cannot be recorded."""
         stores = (layer.state.store for layer in self.layers)
-        self.why = next((x.unsteady for x in stores if x is not None and x.unsteady), self.why)
-        return any(x.unsteady for x in (layer.state.store for layer in self.layers) if x is not None)
+        why = next((x.unsteady for x in stores if x is not None and x.unsteady), "")
+        self.why = why or self.why
+        return bool(why)
 
-    def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """One step. forward: the model's own. Pads are in the cache as empty slots: the mask has nothing to add."""
-        self._fix(kwargs)
+    def __call__(self, run: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """One step: run(**given), whose tensors may lie elsewhere at every call."""
+        self._fix(given)
         self._serve()
         if self.again is not None:
             self.again()
@@ -123,18 +91,18 @@ class Steady:
                 layer.stepped()
             out = self.out
         else:
-            run = functools.partial(self._forward, forward)
-            out = self._first(run) if self.out is None else self._recorded(run)
+            step = functools.partial(self._step, run)
+            out = self._first(step) if self.out is None else self._recorded(step)
         if out is None:
-            return forward(**kwargs)
+            return run(**given)
         out = type(out)(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in out.items()})
         self.wished = _later(self.wishes)
         self._settle({i for i, layer in enumerate(self.layers) if layer.between_steps(ROOM)})
         return out
 
-    def _first(self, run: Callable[[], tuple[Any, str]]) -> Any:
+    def _first(self, step: Callable[[], tuple[Any, str]]) -> Any:
         """From Python, which also compiles the kernels a step needs. If it changed no shape, the next is recorded."""
-        out, why = run()
+        out, why = step()
         if why:
             self._hold()
             self.why, self.tries = why, self.tries + 1
@@ -142,12 +110,12 @@ class Steady:
             self.out, self.tries = out, 0
         return out
 
-    def _recorded(self, run: Callable[[], tuple[Any, str]]) -> Any:
+    def _recorded(self, step: Callable[[], tuple[Any, str]]) -> Any:
         """None where that failed and nothing was done."""
         before = [layer.state.fork() for layer in self.layers]
         self.drop()
         try:
-            (self.out, why), self.again = RECORDERS[self.device.type](run)
+            (self.out, why), self.again = RECORDERS[self.device.type](step)
             if why:
                 raise RuntimeError(why)
         except Exception as error:
@@ -159,12 +127,12 @@ class Steady:
         self.recorded += 1
         return self.out
 
-    def _forward(self, forward: Callable[..., Any]) -> tuple[Any, str]:
+    def _step(self, run: Callable[..., Any]) -> tuple[Any, str]:
         """A step from Python, and why it may not be repeated."""
         for layer in self.layers:
             layer.column = self.column
         try:
-            out = forward(**self.inputs, **using(self.cache), use_cache=True)
+            out = run(**self.inputs)
         finally:
             for layer in self.layers:
                 layer.column = None
@@ -200,23 +168,19 @@ class Steady:
 
     # ---- memory that stays
 
-    def _fix(self, kwargs: dict[str, Any]) -> None:
+    def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.full_like(ids, self.cache.get_seq_length())
-        given = {"input_ids": ids, "position_ids": positions} | {n: x for n, x in kwargs.items() if n in PASSED}
         if any(layer.state.window.slot is None for layer in self.layers) or _outline(given) != _outline(self.inputs):
             self.release()
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
             self.column = torch.full((1,), self.cache.get_seq_length(), dtype=torch.int32, device=self.device)
             for layer in self.layers:
-                layer.settle()
                 layer.fix(ROOM)
             self._hold()
             self.wished = _later(self._wishes())
-        for name in ("input_ids", "position_ids"):
-            self.inputs[name].copy_(given[name])
+        for name, x in given.items():
+            if isinstance(x, Tensor):
+                self.inputs[name].copy_(x)
 
     def release(self) -> None:
         """Steps run from Python again."""
@@ -264,36 +228,6 @@ def _later(flags: Tensor | None) -> Callable[[], list[bool]]:
         return there.tolist()
 
     return values
-
-
-@functools.cache
-def _recording(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class of models, which leaves the steps of a cache that has a `steady` to it."""
-    plain = kind.forward
-    names = [*inspect.signature(plain).parameters][1:]
-
-    @functools.wraps(plain)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(names, args, strict=False)) | kwargs
-        steady = getattr(named.get(CACHE, named.get("past_key_values")), "steady", None)
-        if steady is not None and steady.takes(named):
-            return steady(functools.partial(plain, self), named)
-        if steady is not None:
-            steady.release()
-        return plain(self, *args, **kwargs)
-
-    return forward
-
-
-def _install(model: nn.Module) -> None:
-    """A method rather than a closure over the model: a copy of the model gets one of its own."""
-    own = _recording(type(model))
-    if "forward" not in vars(model):
-        model.forward = types.MethodType(own, model)
-    elif getattr(model.forward, "__func__", None) is not own:
-        raise ValueError(
-            f"graph=True cannot follow {type(model).__name__}.forward, which something replaced (accelerate?)"
-        )
 
 
 def _tensors(state: State) -> list[Tensor]:

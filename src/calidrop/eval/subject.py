@@ -63,10 +63,10 @@ class Ours(Subject):
         self.cache = cache
 
     def saved(self) -> Any:
-        return [layer.state.fork() for layer in self.cache._mine]
+        return [layer.state.fork() for layer in self.cache.layers_here]
 
     def restore(self, saved: Any) -> None:
-        for layer, state in zip(self.cache._mine, saved, strict=True):
+        for layer, state in zip(self.cache.layers_here, saved, strict=True):
             layer.state = state.fork()  # writes behind what was saved, over what the last one wrote
 
     def feed(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""Decode steps under `torch.compile(fullgraph=True)`: the model is one graph, in which the attention of a layer, with
+all that its cache does, is one operation that runs from Python. So nothing that a cache knows (lengths, positions, what
+is due) is in the graph, and it is compiled once per batch size, however long the sequences get."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from calidrop.plugin import PositionMask
+
+if TYPE_CHECKING:
+    from calidrop.layer import LayerKV
+
+
+class CompilerError(Exception):
+    """A step could not be compiled; nothing of it was run."""
+
+
+_library = torch.library.Library("calidrop", "DEF")
+_library.define("attend(Tensor q, Tensor k, Tensor v, int layer, float scale, float? softcap, Tensor? sink) -> Tensor")
+_answering: Sequence[LayerKV] = ()  # the layers of the cache in use: an operation takes tensors and numbers
+
+
+@torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: float | None, sink: Tensor | None
+) -> Tensor:
+    kv = _answering[layer]
+    kv.update(k, v)
+    return kv.attend(q, PositionMask(), scale, softcap, sink).transpose(1, 2).contiguous()
+
+
+@torch.library.register_fake("calidrop::attend", lib=_library)
+def _shape(
+    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: float | None, sink: Tensor | None
+) -> Tensor:
+    B, Hq, T, _ = q.shape
+    return q.new_empty(B, T, Hq, v.shape[-1])
+
+
+def run_compiled(model: nn.Module, plain: Callable[..., Any], layers: Sequence[LayerKV], given: dict[str, Any]) -> Any:
+    """A step of one token per row. plain: the forward of the model's class. Raises CompilerError with nothing done."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    global _answering
+    before, _answering = _answering, layers
+    try:
+        # a mask of four dims is handed through as it is, else the model would ask the cache for its length
+        none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=given["input_ids"].device)
+        return _compiled(plain)(model, attention_mask=none, **given)
+    except TorchDynamoException as error:
+        raise CompilerError(str(error)) from error
+    finally:
+        _answering = before
+
+
+@functools.cache
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(plain, fullgraph=True, dynamic=False)

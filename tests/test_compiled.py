@@ -1,0 +1,67 @@
+"""Decode steps under torch.compile are the steps that would have run from Python."""
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from calidrop.cache import KVCache
+from calidrop.plugin import using
+from tiny import batch, generate, soft, tiny, worst
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, as the compiler is imported
+SNAP = "snapkv(budget=24, recent=8, every=4)"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_thousand_tokens_compile_once():
+    """Whatever the cache does on the way: flushes, a window that grows, other caches, other prompts."""
+    model = tiny(num_hidden_layers=2)
+    for recipe in (SNAP, "full", f"{SNAP}+calidrop", "kivi(bits=4, group=8, residual=16)"):
+        inputs = batch()
+        plain, steps = KVCache(model, recipe), KVCache(model, recipe, compile=True)
+        want, got = generate(model, inputs, plain, 40)[1], generate(model, inputs, steps, 40)[1]
+        assert worst(got, want) < 1e-3
+        assert steps.get_seq_length() == plain.get_seq_length() and "steps: compiled" in steps.describe()
+    assert graphs() == 1
+    cache = KVCache(model, SNAP, compile=True)
+    logits = model(**batch(), **using(cache)).logits[:, -1:]
+    for _ in range(1000):
+        logits = model(logits.argmax(-1), **using(cache)).logits
+    assert logits.isfinite().all() and cache.get_seq_length() == 1061
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compiled_runs():
+    model = tiny(num_hidden_layers=1)
+    plain, steps = KVCache(model, SNAP), KVCache(model, SNAP, compile=True)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        got = generate(model, batch(), steps, 20)[0]
+    assert torch.equal(generate(model, batch(), plain, 20)[0], got)
+    assert "not compiled: " in steps.describe()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_hooks_of_soft_tokens_let_it_pass():
+    model = tiny(num_hidden_layers=1)
+    recipe = f"judge_q(budget=24, recent=8, file='{soft(model)}')"
+    plain, steps = KVCache(model, recipe), KVCache(model, recipe, compile=True)
+    assert worst(generate(model, batch(), plain, 20)[1], generate(model, batch(), steps, 20)[1]) < 1e-3
+    assert steps.steps is not None and steps.steps.describe() == "steps: compiled" and graphs() == 1
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="look back to the beginning"):
+        KVCache(tiny("gemma2"), compile=True)
