@@ -5,7 +5,8 @@ Two rules make that possible:
 * every tensor attribute is batch-first, unless the class overrides `take_rows`;
 * tensors are replaced, never changed in place. The one exception is `Buffer`, which writes behind its own length.
   So a fork (a copy of the objects that shares the tensors) is a snapshot, and costs no memory. Of an object with
-  buffers and its forks, only one may go on growing: they would write to the same place.
+  buffers and its forks, only one may go on growing: they would write to the same place. (What a recorded step replaced
+  is copied to where it was, `steady.py`: no snapshots there.)
 """
 
 from __future__ import annotations
