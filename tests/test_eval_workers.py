@@ -114,5 +114,8 @@ def test_no_cluster():
 
     with pytest.raises(ValueError, match=r"no Ray cluster at '127\.0\.0\.1:1'"), cluster("127.0.0.1:1", HOW):
         pass
+    for cpus, gpus, why in ((0, 0, "some of a CPU"), (1.5, 0, "of CPUs, got 1.5"), (1, 2.5, "of GPUs, got 2.5")):
+        with pytest.raises(ValueError, match=why), cluster("auto", HOW, 1, cpus, gpus):
+            pass
     with pytest.raises(ValueError, match="no room for 1 workers of 1 CPUs and 2 GPUs"), cluster("local", HOW, 1, 1, 2):
         pass

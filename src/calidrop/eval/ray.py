@@ -21,11 +21,12 @@ LOCAL = "local"
 def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpus: float = 0.0) -> Iterator[Workers]:
     """address: "local" starts Ray on this machine; "auto" or HOST:PORT joins one that runs. n: workers; None: as many
     as there is room for. cpus, gpus: what each takes, a fraction of a GPU if several are to share one. Raises
-    ValueError where Ray is missing or not reachable, or has no room for a worker."""
+    ValueError where Ray is missing or not reachable, has no room for a worker, or what one takes makes no sense."""
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'calidrop[ray]'") from None
+    _sensible(cpus, gpus)
     _reach(address)
     start = {"num_cpus": n, "include_dashboard": False} if address == LOCAL else {}
     try:
@@ -42,6 +43,15 @@ def cluster(address: str, how: How, n: int | None = None, cpus: float = 1.0, gpu
         yield lambda jobs: _run(ray, jobs, how, n or room, {"num_cpus": cpus, "num_gpus": gpus})
     finally:
         ray.shutdown()
+
+
+def _sensible(cpus: float, gpus: float) -> None:
+    """Ray would say so minutes later, and of an actor that it could not start."""
+    if not cpus and not gpus:
+        raise ValueError("a worker takes some of a CPU or a GPU, got 0 CPUs and 0 GPUs")
+    for name, n in (("CPUs", cpus), ("GPUs", gpus)):
+        if n < 0 or (n > 1 and n != int(n)):
+            raise ValueError(f"a worker takes a fraction of one or a whole number of {name}, got {n:g}")
 
 
 def _reach(address: str) -> None:
