@@ -79,6 +79,20 @@ def test_same_as_from_python(llama, recipe):
     assert abs(steps.recompute_rate - plain.recompute_rate) < 1e-6
 
 
+def test_windows_are_given_more_room(llama, monkeypatch):
+    monkeypatch.setattr(steady, "ROOM", 16)
+    for recipe in ("full", SNAP):
+        _, steps = both(llama, recipe, inputs(), new=80)
+        assert steps.steps.steady.recorded == 5
+
+
+def test_given_up_where_rows_move_at_every_step(llama):
+    """Each search moves them once per step: what is recorded would never be replayed."""
+    cache = KVCache(llama, graph=True)
+    generate(llama, inputs(), cache, new=steady.TRIES + 10, num_beams=2, output_logits=False)
+    assert cache.steps.steady.tries == steady.TRIES and cache.layers[0].state.window.slot is None
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "qwen3"])
 def test_families(family):
     _, steps = both(tiny(family).to(DEVICE), SNAP, inputs())

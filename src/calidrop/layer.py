@@ -328,11 +328,16 @@ class LayerKV(CacheLayerMixin):
         for buffer in (s.window.k, s.window.v, s.window.pos):
             buffer.len += 1
 
+    @property
+    def full(self) -> bool:
+        """Whether a fixed window has no room for another token."""
+        return self.state.window.slot is not None and len(self.state.window) >= self.state.window.room
+
     def between_steps(self, room: int) -> bool:
         """What makes shapes jump, if it is time. -> whether it was."""
         s = self.state
         cut = self.reach is not None and len(s.window) > self.reach + self.slack
-        if s.age != self.plan.every and not cut and len(s.window) < s.window.room:
+        if s.age != self.plan.every and not cut:
             return False
         self.loosen()
         if s.age == self.plan.every:

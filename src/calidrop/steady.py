@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from calidrop.store import Late
 
 ROOM = 256  # columns that a window is given at a time where nothing flushes it
-TRIES = 64  # steps in a row whose shapes changed, before it is given up
+TRIES = 64  # steps that led to no recording, before it is given up
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Runs a function once, for good; gives what it returned, and how to run it again with results in the same memory."""
 
@@ -53,6 +53,8 @@ class Steady:
         self.cache, self.device = cache, device
         self.why, self.recorded, self.tries = "", 0, 0
         self.inputs: dict[str, Any] = {}
+        self.held: list[list[Tensor]] = []
+        self.told: list[Any] = []
         self.wished: Callable[[], list[bool]] = list
         self.drop()
 
@@ -98,6 +100,8 @@ class Steady:
         out = type(out)(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in out.items()})
         self.wished = _later(self.wishes)
         self._settle({i for i, layer in enumerate(self.layers) if layer.between_steps(ROOM)})
+        if any(layer.full for layer in self.layers):
+            self.release()  # the next step gets more room
         return out
 
     def _first(self, step: Callable[[], tuple[Any, str]]) -> Any:
@@ -107,7 +111,7 @@ class Steady:
             self._hold()
             self.why, self.tries = why, self.tries + 1
         else:
-            self.out, self.tries = out, 0
+            self.out = out
         return out
 
     def _recorded(self, step: Callable[[], tuple[Any, str]]) -> Any:
@@ -124,7 +128,7 @@ class Steady:
                 layer.state = state  # type: ignore[assignment]
             self.release()
             return None
-        self.recorded += 1
+        self.recorded, self.tries = self.recorded + 1, 0
         return self.out
 
     def _step(self, run: Callable[..., Any]) -> tuple[Any, str]:
@@ -172,6 +176,7 @@ class Steady:
         """Everything where the step expects it: the windows, the inputs."""
         if any(layer.state.window.slot is None for layer in self.layers) or _outline(given) != _outline(self.inputs):
             self.release()
+            self.tries += 1
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
             self.column = torch.full((1,), self.cache.get_seq_length(), dtype=torch.int32, device=self.device)
             for layer in self.layers:
@@ -183,8 +188,9 @@ class Steady:
                 self.inputs[name].copy_(x)
 
     def release(self) -> None:
-        """Steps run from Python again."""
+        """Steps run from Python again. Nothing is held, so that while windows are copied one layer's is there twice."""
         self.drop()
+        self.held = []
         for layer in self.layers:
             layer.loosen()
 
