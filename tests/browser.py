@@ -58,6 +58,10 @@ class Browser:
         self.page = file.resolve().as_uri()
         self.driver.get(self.page)
 
+    def forget(self) -> None:
+        """What pages have stored: asked of the browser, as what a page clears may still be there for the next."""
+        self._tell("Storage.clearDataForOrigin", origin="file://", storageTypes="local_storage")
+
     def run(self, script: str, *args: Any) -> Any:
         """JavaScript, the body of a function."""
         return self.driver.execute_script(script, *args)
@@ -132,6 +136,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 @pytest.fixture
 def browser(chromium: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
     it = Browser(chromium, tmp_path)
+    it.forget()
     yield it
     it.check()
     chromium.get("about:blank")

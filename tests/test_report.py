@@ -236,7 +236,7 @@ def test_looks(browser, html, width):
     browser.click("#theme")
     done(browser, 2)
     assert browser.run(fill) != before
-    browser.run("localStorage.clear()")
+    browser.forget()
 
 
 def test_words_are_no_markup(browser, html):

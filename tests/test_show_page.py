@@ -217,7 +217,7 @@ def test_text_is_readable_on_every_shade(browser, page, dark):
     assert browser.run(CONTRAST) > 4.5
     browser.click("#theme")
     assert browser.run(CONTRAST) > 4.5
-    browser.run("localStorage.clear()")
+    browser.forget()
 
 
 def test_a_darker_token_is_held_by_more(browser, page):
