@@ -54,6 +54,18 @@ def test_what_cannot_be_compiled_runs():
 
 @pytest.mark.slow
 @torch.no_grad()
+def test_more_batch_sizes_than_torch_compiles():
+    model = tiny(num_hidden_layers=1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2):
+            plain, steps = KVCache(model, SNAP), KVCache(model, SNAP, compile=True)
+            want, got = (generate(model, batch(rows=rows), c, 20)[1] for c in (plain, steps))
+            assert worst(got, want) < 1e-3
+            assert ("steps: compiled" if rows == 1 else "not compiled: ") in steps.describe()
+
+
+@pytest.mark.slow
+@torch.no_grad()
 def test_hooks_of_soft_tokens_let_it_pass():
     model = tiny(num_hidden_layers=1)
     recipe = f"judge_q(budget=24, recent=8, file='{soft(model)}')"

@@ -45,7 +45,7 @@ def _shape(
 
 def run_compiled(model: nn.Module, plain: Callable[..., Any], layers: Sequence[LayerKV], given: dict[str, Any]) -> Any:
     """A step of one token per row. plain: the forward of the model's class. Raises CompilerError with nothing done."""
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # take a second to import
 
     global _answering
     before, _answering = _answering, layers
@@ -53,7 +53,7 @@ def run_compiled(model: nn.Module, plain: Callable[..., Any], layers: Sequence[L
         # a mask of four dims is handed through as it is, else the model would ask the cache for its length
         none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=given["input_ids"].device)
         return _compiled(plain)(model, attention_mask=none, **given)
-    except TorchDynamoException as error:
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # the second: one batch size too many
         raise CompilerError(str(error)) from error
     finally:
         _answering = before
