@@ -53,14 +53,14 @@ FULL, SHORT, FP8 = "DynamicCache", f"DynamicCache of {KEPT} tokens", "QuantizedC
 
 @dataclass(frozen=True)
 class Row:
-    """best_ms, median_ms: one decode step of the whole batch."""
+    """best_ms, median_ms: one decode step of the whole batch. device_bytes: None where nobody tells."""
 
     context: int
     batch: int
     cache: str
     best_ms: float
     median_ms: float
-    device_bytes: int
+    device_bytes: int | None
     times: float
 
 
@@ -146,9 +146,9 @@ def rows(
             held |= more["bytes"]
         for name, of in seconds.items():
             row = Row(ids.shape[1], batch, name, 1000 * min(of), 1000 * median(of), held[name], base / min(of))
+            mb = "?" if row.device_bytes is None else f"{row.device_bytes / 1e6:.1f}"
             say(
-                f"{row.context:7} {batch:5} {name:56} {row.best_ms:9.1f} {row.median_ms:9.1f} "
-                f"{row.device_bytes / 1e6:8.1f} {row.times:6.2f}x"
+                f"{row.context:7} {batch:5} {name:56} {row.best_ms:9.1f} {row.median_ms:9.1f} {mb:>8} {row.times:6.2f}x"
             )
             found.append(row)
     return found
