@@ -97,6 +97,44 @@ def tensors(value: Any, host: bool = False) -> Iterator[Tensor]:
         yield from (t for item in value for t in tensors(item, host))
 
 
+def swap(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor on the device replaced by `fn` of it, always in the same order."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Host | Shared):
+        return value
+    if isinstance(value, State):
+        for name, item in vars(value).items():
+            setattr(value, name, swap(item, fn))
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: swap(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, dict):
+        return {name: swap(item, fn) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(swap(item, fn) for item in value)
+    return value
+
+
+def outline(value: Any) -> Any:
+    """All that a recorded step takes for granted: shapes, and what is kept in Python, but for what only counts."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, Host | Shared):
+        return None
+    if isinstance(value, State):
+        return [type(value), *((n, outline(x)) for n, x in vars(value).items() if n not in value.counts)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [type(value), *(outline(getattr(value, f.name)) for f in dataclasses.fields(value))]
+    if isinstance(value, dict):
+        return [(name, outline(item)) for name, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [outline(item) for item in value]
+    return value if isinstance(value, int | float | str | None) else id(value)
+
+
 def held_bytes(value: Any, host: bool = False) -> int:
     """Bytes of storage kept alive by `value`: whole storages, each counted once, whatever part of them is in use."""
     storages = {}

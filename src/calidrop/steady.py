@@ -14,7 +14,6 @@ A step that cannot be recorded, because it asks the host or because its shapes g
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calidrop.state import Host, Shared, State
+from calidrop.state import State, outline, swap
 
 if TYPE_CHECKING:
     from calidrop.cache import KVCache
@@ -174,7 +173,7 @@ class Steady:
 
     def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        if any(layer.state.window.slot is None for layer in self.layers) or _outline(given) != _outline(self.inputs):
+        if any(layer.state.window.slot is None for layer in self.layers) or outline(given) != outline(self.inputs):
             self.release()
             self.tries += 1
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
@@ -197,14 +196,14 @@ class Steady:
     def _hold(self) -> None:
         """From here on every tensor stays where it is."""
         self.held = [_tensors(layer.state) for layer in self.layers]
-        self.told = [_outline(layer.state) for layer in self.layers]
+        self.told = [outline(layer.state) for layer in self.layers]
 
     def _put_back(self, layers: Iterable[int]) -> str:
         """Copy what was replaced to where it was. -> why that cannot be, and then nothing is copied."""
         moved: dict[int, tuple[Tensor, Tensor]] = {}
         for i in layers:
             state = self.layers[i].state
-            if _outline(state) != self.told[i]:
+            if outline(state) != self.told[i]:
                 return f"what layer {i} holds changes its shape"
             for to, x in zip(self.held[i], _tensors(state), strict=True):
                 if to is not x and moved.setdefault(id(to), (to, x))[1] is not x:
@@ -215,7 +214,7 @@ class Steady:
             to.copy_(x)
         for i in layers:
             places = iter(self.held[i])
-            _swap(self.layers[i].state, lambda _, places=places: next(places))
+            swap(self.layers[i].state, lambda _, places=places: next(places))
         return ""
 
 
@@ -238,43 +237,5 @@ def _later(flags: Tensor | None) -> Callable[[], list[bool]]:
 
 def _tensors(state: State) -> list[Tensor]:
     found: list[Tensor] = []
-    _swap(state, lambda x: found.append(x) or x)
+    swap(state, lambda x: found.append(x) or x)
     return found
-
-
-def _swap(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """The value with every tensor on the device replaced by `fn` of it, always in the same order."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, Host | Shared):
-        return value
-    if isinstance(value, State):
-        for name, item in vars(value).items():
-            setattr(value, name, _swap(item, fn))
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: _swap(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
-        )
-    if isinstance(value, dict):
-        return {name: _swap(item, fn) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_swap(item, fn) for item in value)
-    return value
-
-
-def _outline(value: Any) -> Any:
-    """All that a recorded step takes for granted: shapes, and what is kept in Python, but for what only counts."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, Host | Shared):
-        return None
-    if isinstance(value, State):
-        return [type(value), *((n, _outline(x)) for n, x in vars(value).items() if n not in value.counts)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [type(value), *(_outline(getattr(value, f.name)) for f in dataclasses.fields(value))]
-    if isinstance(value, dict):
-        return [(name, _outline(item)) for name, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [_outline(item) for item in value]
-    return value if isinstance(value, int | float | str | None) else id(value)
