@@ -2,12 +2,14 @@
 
 import functools
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
 
 from calidrop import ops
 from calidrop.attention import Queries, attend, merge
+from calidrop.observe import Observation
 from calidrop.ops import cpu
 from calidrop.state import Ragged
 from calidrop.store import Exact
@@ -166,3 +168,46 @@ def test_what_is_no_number_stays_none(which):
     want, total = attend(qs, t.k, t.v, t.pos)
     assert torch.equal(o.isnan(), want.isnan())
     assert torch.equal(lse.isnan(), total.isnan())
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("D", "W", "dtype"),
+    [
+        (64, 130, torch.float32),
+        (80, 5, torch.bfloat16),
+        (128, 7, torch.float16),
+        (32, 1, torch.float32),
+        (256, 66, torch.bfloat16),
+    ],
+)
+def test_column_sums(flags, softcap, D, W, dtype, monkeypatch):
+    """Few queries and many, left pads, empty slots with no numbers in them, tokens in any order."""
+    if flags:
+        other = compiled(flags)
+        assert not other.reason
+        monkeypatch.setattr(cpu, "kernel", lambda: other)
+    B, H, G, N = 2, 2, 3, 131
+    t = tokens(B, H, N, D, dtype, empty=0.2)
+    pos = torch.arange(N - W, N).expand(B, W).clone()
+    pos[1, : W // 3], t.pos[1, :, : N // 3] = -1, -1
+    t = t.slice(1, N)  # a view of a buffer
+    for order in (torch.arange(N - 1), torch.randperm(N - 1)):
+        t = Tokens(t.k[:, :, order], t.v[:, :, order], t.pos[:, :, order])
+        qs = Queries(torch.randn(B, H * G, W, D).to(dtype), pos, D**-0.5, softcap)
+        lse = attend(qs, t.k, t.v, t.pos)[1]
+        assert cpu.sums(qs, t)
+        held = Tokens(t.k.masked_fill(~t.valid[..., None], float("nan")), t.v, t.pos)
+        got = cpu.mass(qs, lse, held)
+        start = torch.zeros(B, dtype=torch.long)
+        want = Observation(qs, lse, start + N, start).weights(t).sum(2)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+        assert (got[~t.valid] == 0).all()
+
+
+def test_column_sums_of_what_the_kernel_does_not_read():
+    t, qs = tokens(1, 2, 9, 24), queries(1, 2, 1, 24)
+    masked = replace(queries(1, 2, 1, 64), visible=lambda q, k: (k >= 0)[:, :, None])
+    assert not cpu.sums(qs, t) and not cpu.sums(masked, tokens(1, 2, 9, 64))
+    assert ops.mass(qs, attend(qs, t.k, t.v, t.pos)[1], t).sum() == pytest.approx(2, abs=1e-5)

@@ -159,6 +159,8 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     everything the queries saw. No queries x tokens matrix is held."""
     if qs.visible is None and qs.q.shape[-1] <= gpu.MOST_CHANNELS and gpu.runs(qs.q.device):
         return gpu.mass(qs, lse, t)
+    if qs.q.device.type == "cpu" and cpu.sums(qs, t):
+        return cpu.mass(qs, lse, t)
     return mass_in_torch(qs, lse, t)
 
 

@@ -1,6 +1,7 @@
-"""The decode kernel for CPUs: compiled at first use for this machine, kept in the user's cache folder.
+"""The kernels for CPUs: compiled at first use for this machine, kept in the user's cache folder.
 
-Its oracle is `attention.attend` on the decoded tokens, joined by `attention.merge`.
+The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
+`ops.mass_in_torch`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor
 from calidrop.attention import Partial, Queries
 from calidrop.ops import piece
 from calidrop.ops.piece import Piece
+from calidrop.tokens import Tokens
 
-SOURCES = Path(__file__).with_name("cpp")  # decode.cpp and what it includes
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
 KINDS = {"exact": 0, "per token": 1, "per channel": 2}
@@ -47,10 +49,10 @@ class _Piece(ctypes.Structure):
 
 
 class Kernel:
-    """Why there is no kernel (`reason`), or the kernel. flags: further ones for the compiler."""
+    """Why there is no kernel (`reason`), or the compiled functions. flags: further ones for the compiler."""
 
     def __init__(self, *flags: str) -> None:
-        self.reason, self.run = "", None
+        self.reason = ""
         if wish := os.environ.get("CALIDROP_KERNEL"):
             self.reason = f"CALIDROP_KERNEL={wish}"
             return
@@ -60,9 +62,10 @@ class Kernel:
             self.reason = " ".join(str(error).split())[:200]
             return
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-        self.run = library.calidrop_decode
-        self.run.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
-        self.run.restype = None
+        self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
+        self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
+        self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
+        self.decode.restype = self.columns.restype = None
 
 
 @functools.cache
@@ -76,21 +79,21 @@ def _built(flags: tuple[str, ...]) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++)")
-    source = SOURCES / "decode.cpp"
+    sources = sorted(SOURCES.glob("*.cpp"))
     told = "\n".join(
         (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), _cpu())
     )
-    name = f"decode-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
     if not (folder / name).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
             made = Path(temporary) / name
             # not linked with a runtime of its own: two of them in one process fight for the cores
-            command = [compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(made.with_suffix(".o"))]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            command = [compiler, "-shared", str(made.with_suffix(".o")), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [compiler, *flags, "-fopenmp", "-c", *map(str, sources)]
+            subprocess.run(command, check=True, capture_output=True, text=True, cwd=temporary)
+            command = [compiler, "-shared", *(f"{file.stem}.o" for file in sources), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, cwd=temporary)
             os.replace(made, folder / name)
     return folder / name
 
@@ -144,13 +147,35 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
     told = (_Piece * len(parts))(*(_told(p, keep) for p in parts))
-    run = kernel().run
-    assert run is not None
-    run(
+    kernel().decode(
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), B, H, Hq // H * T, D, Dv,
         qs.scale, qs.softcap or 0.0, told, len(told), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
+
+
+def sums(qs: Queries, t: Tokens) -> bool:
+    """Whether `mass` can be asked."""
+    return qs.visible is None and not kernel().reason and qs.q.shape[-1] in HEAD_DIMS and t.k.dtype in DTYPES
+
+
+def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
+    """qs.q [B,Hq,W,D], lse [B,Hq,W] over everything they saw -> fp32 [B,H,N]; empty slots weigh 0."""
+    B, Hq, W, D = qs.q.shape
+    H, N = t.k.shape[1:3]
+    k, pos = t.k if t.k.stride(-1) == 1 else t.k.contiguous(), t.pos.int()
+    q, norm, at = qs.q.float().contiguous(), lse.float().contiguous(), qs.pos.int().contiguous()
+    out = torch.empty(B, H, N)
+    kernel().columns(
+        _array(k), _array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
+        B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _array(x: Tensor) -> _Array:
+    """x: [row, head, slot, ...]."""
+    return _Array(x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3]))
 
 
 def _told(part: Partial | Piece, keep: list[Tensor]) -> _Piece:
@@ -167,9 +192,5 @@ def _told(part: Partial | Piece, keep: list[Tensor]) -> _Piece:
     if part.lens is not None:
         told.lens = part.lens.data_ptr()
     for name, x in part.columns.items():
-        size, stride = x.element_size(), x.stride()
-        if flat:
-            setattr(told, name, _Array(x.data_ptr(), 0, 0, stride[0] * size))
-        else:
-            setattr(told, name, _Array(x.data_ptr(), stride[0] * size, stride[1] * size, stride[2] * size))
+        setattr(told, name, _Array(x.data_ptr(), 0, 0, x.stride(0) * x.element_size()) if flat else _array(x))
     return told

@@ -2,15 +2,12 @@
 // in one call. The oracle is calidrop.attention (attend, merge) on the decoded tokens. Portable C++17 with GCC/Clang
 // vector types, which become AVX-512, AVX2 or NEON; OpenMP where the caller's process has a runtime.
 #include "amx.h"
+#include "array.h"
 #include "rows.h"
 #include "vnni.h"
 
 namespace {
 
-struct Array {
-  const char* p;
-  int64_t row, head, slot;  // strides in bytes
-};
 struct Piece {
   int32_t kind, dtype, bits, group, channels, rotate;
   int64_t slots;        // per (row, head) where lens is null
@@ -18,7 +15,6 @@ struct Piece {
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
 };
 enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED };
-enum Dtype { F32, BF16, F16 };
 
 struct Place {
   int64_t b, h, start;  // start: the first slot, where heads lie one behind the other
