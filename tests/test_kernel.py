@@ -211,3 +211,36 @@ def test_column_sums_of_what_the_kernel_does_not_read():
     masked = replace(queries(1, 2, 1, 64), visible=lambda q, k: (k >= 0)[:, :, None])
     assert not cpu.sums(qs, t) and not cpu.sums(masked, tokens(1, 2, 9, 64))
     assert ops.mass(qs, attend(qs, t.k, t.v, t.pos)[1], t).sum() == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("G", "D", "Dv", "W", "dtype"),
+    [
+        (3, 64, 64, 200, torch.float32),
+        (1, 80, 96, 65, torch.bfloat16),
+        (7, 128, 32, 9, torch.float16),
+        (30, 32, 256, 70, torch.float32),
+    ],
+)
+def test_a_prompt_with_its_column_sums(flags, softcap, G, D, Dv, W, dtype, monkeypatch):
+    """Left pads, a row of pads alone, more query heads than a tile has rows."""
+    if flags:
+        other = compiled(flags)
+        assert not other.reason
+        monkeypatch.setattr(cpu, "kernel", lambda: other)
+    B, H = 3, 2
+    pos = torch.arange(W, dtype=torch.int32).expand(B, W).clone()
+    pos[1, : W // 3], pos[2] = -1, -1
+    room = torch.randn(B, H, W + 9, D + Dv).to(dtype)
+    t = Tokens(room[:, :, 4:-5, :D], room[:, :, 4:-5, D:], pos[:, None].expand(B, H, W))
+    qs = Queries(torch.randn(B, H * G, W, D).to(dtype), pos, D**-0.5, softcap)
+    assert cpu.sums(qs, t)
+    (o, lse), sums = cpu.prompt(qs, t)
+    want, norm = attend(qs, t.k, t.v, t.pos)
+    torch.testing.assert_close(o, want, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(lse, norm, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(sums, ops.mass_in_torch(qs, norm, t), rtol=2e-5, atol=2e-6)
+    again = cpu.prompt(qs, t)[1]
+    assert torch.equal(sums, again)

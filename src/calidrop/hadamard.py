@@ -10,19 +10,21 @@ from torch import Tensor
 
 def hadamard(x: Tensor) -> Tensor:
     """x: [...,D] fp32. Rotates blocks of the largest power of two that divides D. Its own inverse."""
-    D = x.shape[-1]
-    block = D & -D
-    y, half = x.unflatten(-1, (-1, block)), 1
-    while half < block:
-        pairs = y.unflatten(-1, (-1, 2, half))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack([a + b, a - b], -2).flatten(-3)
-        half *= 2
-    return (y * block**-0.5).flatten(-2)
+    block = x.shape[-1] & -x.shape[-1]
+    return (x.unflatten(-1, (-1, block)) @ _block(block, x.device, x.dtype) * block**-0.5).flatten(-2)
 
 
 @functools.cache
 def signs(D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[D,D]: the rotation as a matrix of 1, -1 and 0, not divided by the root of its block: exact in any dtype."""
     block = D & -D
-    return (hadamard(torch.eye(D)) * block**0.5).round().to(device, dtype)
+    return torch.kron(torch.eye(D // block, device=device, dtype=dtype), _block(block, device, dtype))
+
+
+@functools.cache
+@torch.inference_mode(False)  # it is kept, and a training may use it later
+def _block(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    matrix, two = torch.ones(1, 1), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    while len(matrix) < n:
+        matrix = torch.kron(matrix, two)
+    return matrix.to(device, dtype)

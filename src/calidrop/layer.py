@@ -182,12 +182,17 @@ class LayerKV(CacheLayerMixin):
             return min(max(0, self.prompt_end - self.state.seen), new)
         return 0 if new == 1 and self.state.seen and not prompt else new
 
-    def learn(self, qs: Queries, new: Tokens, lse: Tensor) -> None:
+    @property
+    def sums(self) -> bool:
+        """Whether something asks for the column sums of a prompt's attention."""
+        return self.state.store is not None and any(score.sums for score in self.state.store.trackers())
+
+    def learn(self, qs: Queries, new: Tokens, lse: Tensor, mass: Tensor | None) -> None:
         """A first prompt that something else attended exactly (`tee`): what the layer would hold had it done so."""
         assert not self.state.seen
         self._expect(new)
         self.state.window.append(new)
-        self._prompted(qs, lse)
+        self._prompted(qs, lse, mass)
         self.settle()
 
     def _expect(self, new: Tokens) -> None:
@@ -236,9 +241,13 @@ class LayerKV(CacheLayerMixin):
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""
-        s = self.state
+        s, mass = self.state, None
         parts = s.store.attend(qs) if s.store else []
-        if self.reach is not None and len(s.window):
+        if not s.seen and sink is None and self.sums:
+            found, mass = ops.prompt_with_mass(qs, new, self.reach)
+            parts.append(found)
+            s.window.append(new)
+        elif self.reach is not None and len(s.window):
             s.window.append(new)
             parts.append(ops.prompt(qs, s.window.tokens(), self.reach))
         else:
@@ -247,11 +256,11 @@ class LayerKV(CacheLayerMixin):
             parts.append(ops.prompt(qs, new, self.reach))
             s.window.append(new)
         o, lse = with_sink(qs, ops.joined(qs, parts), sink)
-        self._prompted(qs, lse)
+        self._prompted(qs, lse, mass)
         return torch.cat([o, self._behind(qs, soft, sink)], 2) if self.soft_columns else o
 
-    def _prompted(self, qs: Queries, lse: Tensor) -> None:
-        """Count what a prompt brought; its tokens are in the window already."""
+    def _prompted(self, qs: Queries, lse: Tensor, mass: Tensor | None) -> None:
+        """Count what a prompt brought; its tokens are in the window already. mass: `Observation.mass`."""
         s = self.state
         assert s.context is not None
         real = qs.pos >= 0
@@ -263,7 +272,7 @@ class LayerKV(CacheLayerMixin):
         else:
             s.context = s.context + s.steps + real.sum(1)
             s.steps, s.due = 0, s.store is not None and self.plan.prompts
-        self._saw(qs, lse)
+        self._saw(qs, lse, mass)
         self._trim(slack=0)
 
     def _behind(self, qs: Queries, soft: QKV, sink: Tensor | None) -> Tensor:
@@ -284,12 +293,12 @@ class LayerKV(CacheLayerMixin):
             s.obs = replace(s.obs, soft=Observation(behind, lse, s.context, s.start).copied())
         return o
 
-    def _saw(self, qs: Queries, lse: Tensor) -> None:
+    def _saw(self, qs: Queries, lse: Tensor, mass: Tensor | None = None) -> None:
         s = self.state
         s.seen += len(qs)
         if s.store is not None:
             assert s.context is not None and s.start is not None
-            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0)
+            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0, mass=mass)
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}

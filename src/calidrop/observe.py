@@ -21,7 +21,8 @@ class Observation(State):
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
     start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
     last one) are of a prompt, not of generated tokens. soft: the same of soft tokens behind the prompt, for methods
-    that have some; it goes when other queries follow.
+    that have some; it goes when other queries follow. mass: what `total_weights` says of the first columns of the
+    cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way.
     """
 
     queries: Queries
@@ -30,6 +31,7 @@ class Observation(State):
     start: Int[Tensor, " B"]
     prompt: bool = False
     soft: Observation | None = None
+    mass: Float[Tensor, "B H N"] | None = None
 
     @property
     def length(self) -> Int[Tensor, " B"]:
@@ -66,10 +68,12 @@ class Observation(State):
 
     def total_weights(self, t: Tokens) -> Float[Tensor, "B H N"]:
         """`weights` summed over the queries: the column sums of an attention matrix that is never held."""
+        if self.mass is not None:
+            return self.mass.gather(2, t.pos.clamp(min=0).long()).masked_fill(~t.valid, 0.0)
         return ops.mass(self.queries, self.lse, t)
 
     def slice(self, start: int, stop: int) -> Observation:
-        return replace(self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop])
+        return replace(self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop], mass=None)
 
     def last(self, n: int) -> Observation:
         width = len(self.queries)
@@ -83,13 +87,13 @@ class Observation(State):
         q = torch.cat([old.queries.q, new.queries.q], 2)
         pos = torch.cat([old.queries.pos, new.queries.pos], 1)
         lse = torch.cat([old.lse, new.lse], 2)
-        return replace(new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse)
+        return replace(new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse, mass=None)
 
     def copied(self) -> Observation:
         """Holds only its own queries (a slice would keep the whole prompt's alive), and no mask of the model."""
         qs = self.queries
         own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
-        return replace(self, queries=own, lse=self.lse.clone())
+        return replace(self, queries=own, lse=self.lse.clone(), mass=None)
 
     def take_rows(self, rows: Tensor) -> None:
         qs = self.queries

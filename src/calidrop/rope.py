@@ -25,7 +25,7 @@ class Rope:
         half = self.inv_freq.shape[0]
         x = x.float()
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
 
     def mean_turn(self, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin averaged over positions start .. start+count-1. start: [B] -> [B, rotated dims / 2] each."""

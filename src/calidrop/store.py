@@ -36,6 +36,8 @@ class Score(State, ABC):
 
     tracks = False
     """Whether `stats` must be called at every step (per-token statistics)."""
+    sums = False
+    """Whether `stats` asks for `total_weights` of a prompt: its attention may find them on the way."""
 
     @abstractmethod
     def __call__(self, t: Tokens, obs: Observation) -> Float[Tensor, "B H N"]:

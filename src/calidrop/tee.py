@@ -27,10 +27,11 @@ from calidrop.plugin import Handle, PositionMask, asked, using
 @dataclass(frozen=True)
 class Prefilled:
     """logits: after the last token, [B,vocabulary], the same for all. seconds: per cache, what the prompt would have
-    taken it alone: the shared pass, and its own compression."""
+    taken it alone: the shared pass, and its `own` compression."""
 
     logits: Tensor
     seconds: list[float]
+    own: list[float]
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def prefill(
     total = now(input_ids) - start
     layers: list[_TeeLayer] = tee.layers  # type: ignore[assignment]
     own = [sum(layer.seconds[i] for layer in layers) for i in range(len(caches))]
-    return Prefilled(out.logits[:, -1], [total - sum(own) + mine for mine in own])
+    return Prefilled(out.logits[:, -1], [total - sum(own) + mine for mine in own], own)
 
 
 class _Tee(Cache):
@@ -99,9 +100,14 @@ class _TeeLayer(CacheLayerMixin):
         assert self.pending is not None
         (k, v), self.pending = self.pending, None
         qs, new = asked(q, k, v, mask, 0, scale, softcap)
-        o, lse = with_sink(qs, ops.prompt(qs, new, self.reach), sink)
+        mass = None
+        if sink is None and any(layer.sums for layer in self.layers):
+            found, mass = ops.prompt_with_mass(qs, new, self.reach)
+        else:
+            found = ops.prompt(qs, new, self.reach)
+        o, lse = with_sink(qs, found, sink)
         for i, layer in enumerate(self.layers):
             start = now(q)
-            layer.learn(qs, new, lse)
+            layer.learn(qs, new, lse, mass)
             self.seconds[i] = now(q) - start
         return o

@@ -39,9 +39,10 @@ def last_alike(k: Tensor, later: bool) -> Tensor:
     open, stop, width = at.expand(B, H, N), N, 64  # those for which nothing was found among the keys from `stop` on
     while stop and open.shape[2]:
         start = max(0, stop - max(1, min(width, SCORE_BYTES // (4 * open.numel()))))
-        column = at[start:stop]
-        cos = k.gather(2, open[..., None].expand(-1, -1, -1, D)) @ k[:, :, start:stop].transpose(-1, -2)
-        alike = (cos > ALIKE) & (column > open[..., None] if later else column != open[..., None])
+        column, own = at[start:stop].int(), open[..., None].int()
+        rows = k if stop == N else k.gather(2, open[..., None].expand(-1, -1, -1, D))
+        cos = rows @ k[:, :, start:stop].transpose(-1, -2)
+        alike = (cos > ALIKE) & (column > own if later else column != own)
         found = torch.maximum(torch.where(alike, column, -1).amax(-1), last.gather(2, open))
         last.scatter_(2, open, found)
         left = (found < 0) & (open < start) if later else found < 0

@@ -10,7 +10,7 @@ from calidrop.tokens import Tokens
 class AccumulatedAttention(Score):
     """Column sums of the attention matrix over every query so far; the last `recent` of the budget are best."""
 
-    tracks = True
+    tracks = sums = True
 
     def __init__(self, budget: int | float, recent: float):
         self.budget, self.recent = budget, recent

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
@@ -63,9 +64,25 @@ class Kernel:
             return
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
+        self.prompt = library.calidrop_prompt
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
-        self.decode.restype = self.columns.restype = None
+        self.prompt.argtypes = [
+            _Array,
+            _Array,
+            _Array,
+            i32,
+            ptr,
+            ptr,
+            *[i64] * 5,
+            i32,
+            i32,
+            real,
+            real,
+            *[ptr] * 3,
+            i32,
+        ]
+        self.decode.restype = self.columns.restype = self.prompt.restype = None
 
 
 @functools.cache
@@ -90,12 +107,19 @@ def _built(flags: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
             made = Path(temporary) / name
             # not linked with a runtime of its own: two of them in one process fight for the cores
-            command = [compiler, *flags, "-fopenmp", "-c", *map(str, sources)]
-            subprocess.run(command, check=True, capture_output=True, text=True, cwd=temporary)
-            command = [compiler, "-shared", *(f"{file.stem}.o" for file in sources), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, cwd=temporary)
+            compile = functools.partial(_compiled, compiler, ("-c", "-fopenmp", *flags), Path(temporary))
+            with ThreadPoolExecutor() as pool:
+                objects = list(pool.map(compile, sources))
+            command = [compiler, "-shared", *objects, "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, folder / name)
     return folder / name
+
+
+def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, source: Path) -> str:
+    to = str(folder / f"{source.stem}.o")
+    subprocess.run([compiler, *flags, str(source), "-o", to], check=True, capture_output=True, text=True)
+    return to
 
 
 def _cpu() -> str:
@@ -155,8 +179,9 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
 
 
 def sums(qs: Queries, t: Tokens) -> bool:
-    """Whether `mass` can be asked."""
-    return qs.visible is None and not kernel().reason and qs.q.shape[-1] in HEAD_DIMS and t.k.dtype in DTYPES
+    """Whether `mass` and `prompt` can be asked."""
+    known = qs.q.shape[-1] in HEAD_DIMS and t.v.shape[-1] in HEAD_DIMS and t.k.dtype in DTYPES
+    return known and qs.q.device.type == "cpu" and qs.visible is None and not kernel().reason
 
 
 def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
@@ -171,6 +196,20 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
         B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
+    """Causal attention (o fp32 [B,Hq,W,Dv]) and `mass` in one pass, of what `sums` allows."""
+    B, Hq, W, D = qs.q.shape
+    H, N, Dv = t.k.shape[1], len(t), t.v.shape[-1]
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (t.k, t.v))
+    pos, q, at = t.pos.int(), qs.q.float().contiguous(), qs.pos.int().contiguous()
+    o, lse, sums = torch.empty(B, Hq, W, Dv), torch.empty(B, Hq, W), torch.empty(B, H, N)
+    kernel().prompt(
+        _array(k), _array(v), _array(pos), DTYPES[k.dtype], q.data_ptr(), at.data_ptr(), B, H, Hq // H, W, N, D, Dv,
+        qs.scale, qs.softcap or 0.0, o.data_ptr(), lse.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return (o, lse), sums
 
 
 def _array(x: Tensor) -> _Array:

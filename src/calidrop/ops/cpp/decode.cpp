@@ -96,7 +96,7 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
     V total = {};
     for (int t = 0; t < BLOCK; t += 16) {
       V y = exp(load<V>(x + t) - m);
-      std::memcpy(x + t, &y, 64);
+      store(x + t, y);
       total += y;
     }
     a.l[r] += sum(total);

@@ -14,9 +14,7 @@ struct BFloat16 {
   static constexpr int BITS = 16;
   static inline V at(const char* row, int i, int) {
     auto x = __builtin_convertvector(load<Lanes<16>::H>(row + 32 * i), Lanes<16>::U) << 16;
-    V f;
-    std::memcpy(&f, &x, 64);
-    return f;
+    return (V)x;
   }
 };
 struct Float16 {
@@ -61,7 +59,7 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int D, 
     }
   }
   for (int r = 0; r < RT; ++r)
-    for (int i = 0; i < NV; ++i) std::memcpy(o + r * D + 16 * i, &acc[r][i], 64);
+    for (int i = 0; i < NV; ++i) store(o + r * D + 16 * i, acc[r][i]);
 }
 
 // as many rows at once as fit the registers

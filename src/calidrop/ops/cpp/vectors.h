@@ -6,12 +6,14 @@
 #include <cstring>
 #include <optional>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-
 template <int L> struct Lanes {
-  typedef float F __attribute__((vector_size(4 * L), aligned(4)));
+  typedef float F __attribute__((vector_size(4 * L), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(4 * L), aligned(4)));
   typedef uint32_t U __attribute__((vector_size(4 * L), aligned(4)));
   typedef uint16_t H __attribute__((vector_size(2 * L), aligned(2)));
@@ -23,14 +25,34 @@ constexpr float NONE = -INFINITY;
 
 inline V splat(float x) { return V{} + x; }
 
-inline float sum(V x) {
-  Lanes<8>::F a, b;
+// by value and not through memcpy, which would have the compiler keep x in memory all along
+inline void store(void* p, V x) { *static_cast<V*>(p) = x; }
+
+inline void halves(V x, Lanes<8>::F& a, Lanes<8>::F& b) {
+#ifdef __AVX512F__
+  a = (Lanes<8>::F)_mm512_castps512_ps256((__m512)x);
+  b = (Lanes<8>::F)_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
+#else
   std::memcpy(&a, &x, 32);
   std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
-  a += b;
+#endif
+}
+
+inline void halves(Lanes<8>::F x, Lanes<4>::F& a, Lanes<4>::F& b) {
+#ifdef __AVX512F__
+  a = (Lanes<4>::F)_mm256_castps256_ps128((__m256)x);
+  b = (Lanes<4>::F)_mm256_extractf128_ps((__m256)x, 1);
+#else
+  std::memcpy(&a, &x, 16);
+  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 16, 16);
+#endif
+}
+
+inline float sum(V x) {
+  Lanes<8>::F a, b;
+  halves(x, a, b);
   Lanes<4>::F c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  halves(a + b, c, d);
   c += d;
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
@@ -38,20 +60,21 @@ inline float sum(V x) {
 // the largest of numbers none of which is NaN
 inline float most(V x) {
   Lanes<8>::F a, b;
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
-  a = a > b ? a : b;
+  halves(x, a, b);
   Lanes<4>::F c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  halves(a > b ? a : b, c, d);
   c = c > d ? c : d;
   return std::max(std::max(c[0], c[2]), std::max(c[1], c[3]));
 }
 
 inline bool any(Lanes<16>::I x) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
   int64_t w[8];
   std::memcpy(w, &x, 64);
   return ((w[0] | w[1]) | (w[2] | w[3])) | ((w[4] | w[5]) | (w[6] | w[7]));
+#endif
 }
 
 // e^x for x <= 0, relative error 2e-7; below -87 it is 0
@@ -68,10 +91,7 @@ inline V exp(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  Lanes<16>::I e = (__builtin_convertvector(n, Lanes<16>::I) + 127) << 23;
-  V two;
-  std::memcpy(&two, &e, 64);
-  return tiny ? V{} : p * two;
+  return tiny ? V{} : p * (V)((__builtin_convertvector(n, Lanes<16>::I) + 127) << 23);
 }
 
 inline float half(uint16_t h) {
@@ -121,7 +141,7 @@ inline void halves(const char* p, int64_t slot, int n, float* to) {
   if (slot == 2)
     for (; i + 16 <= n; i += 16) {
       V x = __builtin_convertvector(load<T>(p + 2 * i), V);
-      std::memcpy(to + i, &x, 64);
+      store(to + i, x);
     }
   for (; i < n; ++i) to[i] = half(load<uint16_t>(p + i * slot));
 }

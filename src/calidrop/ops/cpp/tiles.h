@@ -1,0 +1,71 @@
+// Many queries against a block of keys: tiles of scores, with the keys laid out by channels.
+#pragma once
+#include "array.h"
+#include "rows.h"
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int ROWS = 6, WIDE = 4;  // of scores in flight: 24 vectors of 16 of 32 registers
+#else
+constexpr int ROWS = 6, WIDE = 1;
+#endif
+constexpr int32_t NEVER = INT32_MAX;
+
+// the keys of one block and their positions, NEVER behind its end and for empty slots
+struct Block {
+  const char* k;
+  int n;
+  int32_t first = NEVER, last = 0;
+  alignas(64) int32_t pos[BLOCK];
+  // k, positions: of the head's first token
+  Block(const char* k, int64_t k_slot, const char* positions, int64_t slot, int64_t from, int64_t N)
+      : k(k + from * k_slot), n(static_cast<int>(std::min<int64_t>(BLOCK, N - from))) {
+    for (int t = 0; t < BLOCK; ++t) {
+      const int32_t x = t < n ? load<int32_t>(positions + (from + t) * slot) : -1;
+      pos[t] = x < 0 ? NEVER : x;
+      first = std::min(first, pos[t]), last = std::max(last, pos[t]);
+    }
+  }
+};
+
+// x of any sign and size
+inline V tanh(V x) {
+  const V e = exp(x < V{} ? 2.0f * x : -2.0f * x), t = (1.0f - e) / (1.0f + e);
+  return x < V{} ? -t : t;
+}
+
+// a tile of scores, rows `step` apart: rows of q against 16 * WIDE keys laid out by channels
+template <int R> inline void products(const float* q, int D, const float* k, float* s, int64_t step) {
+  V sum[R][WIDE] = {};
+  for (int d = 0; d < D; ++d) {
+    V x[WIDE];
+    for (int i = 0; i < WIDE; ++i) x[i] = load<V>(k + (d * WIDE + i) * 16);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < WIDE; ++i) sum[r][i] += x[i] * q[r * D + d];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < WIDE; ++i) store(s + r * step + 16 * i, sum[r][i]);
+}
+
+inline void products(int rows, const float* q, int D, const float* k, float* s, int64_t step) {
+  for (int i = 0; i < BLOCK / 16 / WIDE; ++i, k += 16 * WIDE * D, s += 16 * WIDE) switch (rows) {
+      case 1: products<1>(q, D, k, s, step); break;
+      case 2: products<2>(q, D, k, s, step); break;
+      case 3: products<3>(q, D, k, s, step); break;
+      case 4: products<4>(q, D, k, s, step); break;
+      case 5: products<5>(q, D, k, s, step); break;
+      case 6: products<6>(q, D, k, s, step); break;
+    }
+}
+
+template <class F> void lay(const Block& x, int64_t step, int D, float* to) {
+  for (int t = 0; t < x.n; ++t)
+    for (int i = 0; i < D / 16; ++i) {
+      const V row = F::at(x.k + t * step, i, D / 16);
+      float* at = to + (t / (16 * WIDE) * D + 16 * i) * 16 * WIDE + t % (16 * WIDE);
+      for (int d = 0; d < 16; ++d) at[d * 16 * WIDE] = row[d];
+    }
+}
+
+}  // namespace
