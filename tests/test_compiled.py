@@ -74,6 +74,19 @@ def test_hooks_of_soft_tokens_let_it_pass():
     assert steps.steps is not None and steps.steps.describe() == "steps: compiled" and graphs() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "gpt_oss"])
+@torch.no_grad()
+def test_sliding_layers(kind):
+    """Past the window of 24 tokens, soft caps and sinks included."""
+    model = tiny(kind)
+    plain, steps = KVCache(model, SNAP), KVCache(model, SNAP, compile=True)
+    assert worst(generate(model, batch(), plain, 40)[1], generate(model, batch(), steps, 40)[1]) < 1e-3
+    assert steps.steps is not None and steps.steps.describe() == "steps: compiled" and graphs() == 1
+
+
 def test_refusals():
-    with pytest.raises(ValueError, match="look back to the beginning"):
-        KVCache(tiny("gemma2"), compile=True)
+    model = tiny("mistral")
+    model.config.layer_types, model.config.attention_chunk_size = ["chunked_attention"] * 3, 16
+    with pytest.raises(ValueError, match="here some see chunks"):
+        KVCache(model, compile=True)

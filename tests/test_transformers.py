@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 import calidrop
+from calidrop import ops
 from calidrop.layer import LayerKV
-from calidrop.plugin import using
+from calidrop.plugin import _sliding, using
 from calidrop.state import held_bytes
 from helpers import predictor
 from tiny import FAMILIES, batch, generate, row, soft, tiny, worst
@@ -381,3 +382,28 @@ def test_nothing_but_pads_is_old(llama, recipe):
         alone, alone_logits = generate(llama, row(inputs, i), calidrop.KVCache(llama, recipe), new=4)
         assert worst(logits[i : i + 1], alone_logits) < 2e-3
         assert torch.equal(tokens[i : i + 1], alone)
+
+
+@torch.no_grad()
+def test_a_sliding_layer_answers_from_its_last_columns():
+    """Generated tokens ask the kernel for the columns they may see, instead of torch with a mask; any other mask of the
+    model stays a mask."""
+    model = tiny("mistral", head_dim=32)
+    inputs, cache = batch(), calidrop.KVCache(model, "full")
+    model.set_attn_implementation("sdpa")
+    want = generate(model, inputs, DynamicCache(config=model.config), 60)[1]
+    model.set_attn_implementation("calidrop")
+    assert worst(generate(model, inputs, cache, 60)[1], want) < 1e-3
+    assert all(layer.by == ops.backend(torch.device("cpu")) for layer in cache.layers_here)
+
+
+def test_which_masks_are_a_sliding_window():
+    seven, five = (masking_utils.sliding_window_causal_mask_function(n) for n in (7, 5))
+    assert _sliding(seven) == 7 and _sliding(five) == 5
+    causal, both = masking_utils.causal_mask_function, masking_utils.and_masks(seven, five)
+    packed = masking_utils.and_masks(seven, masking_utils.packed_sequence_mask_function(torch.zeros(1, 9)))
+    chunks = masking_utils.chunked_causal_mask_function(7, torch.zeros(1))
+    either = masking_utils.or_masks(masking_utils.sliding_window_overlay(7), causal)
+    wide = masking_utils.sliding_window_bidirectional_mask_function(7)
+    for fn in (causal, both, packed, chunks, either, wide, lambda b, h, q, k: k <= q):
+        assert _sliding(fn) is None

@@ -25,13 +25,15 @@ SCORE_BYTES = 64 << 20  # the largest block of scores held at once
 @dataclass(frozen=True)
 class Queries:
     """q: [B,Hq,T,D], rotated. pos: [B,T], -1 for a left pad. scale multiplies logits, softcap (if any) bends them.
-    visible replaces the causal rule `key position <= query position` when the model's mask is another one."""
+    visible replaces the causal rule `key position <= query position` when the model's mask is another one. window: that
+    it is this rule within so many columns, the query's own included (a sliding window)."""
 
     q: Float[Tensor, "B Hq T D"]
     pos: Int[Tensor, "B T"]
     scale: float
     softcap: float | None = None
     visible: Visible | None = None
+    window: int | None = None
 
     def __len__(self) -> int:
         return self.q.shape[2]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calidrop.plugin import PositionMask
+from calidrop.plugin import PositionMask, within
 
 if TYPE_CHECKING:
     from calidrop.layer import LayerKV
@@ -32,7 +32,8 @@ def _attend(
 ) -> Tensor:
     kv = _answering[layer]
     kv.update(k, v)
-    return kv.attend(q, PositionMask(), scale, softcap, sink).transpose(1, 2).contiguous()
+    mask = PositionMask() if kv.reach is None else within(kv.reach)
+    return kv.attend(q, mask, scale, softcap, sink).transpose(1, 2).contiguous()
 
 
 @torch.library.register_fake("calidrop::attend", lib=_library)

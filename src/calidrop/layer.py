@@ -231,7 +231,11 @@ class LayerKV(CacheLayerMixin):
         s = self.state
         parts = s.store.attend(qs) if s.store else []
         s.window.append(new)
-        parts = [*parts, ops.piece(s.window.tokens())]
+        held = s.window.tokens()
+        if self.column is None and qs.window is not None and qs.window == self.reach:
+            # every column came, so what the mask says is: the last ones
+            held, qs = held.slice(max(0, len(held) - qs.window)), replace(qs, visible=None, window=None)
+        parts = [*parts, ops.piece(held)]
         backend = ops.pick(qs, parts)
         self.by = backend.name
         o, lse = with_sink(qs, backend.decode(qs, parts), sink)

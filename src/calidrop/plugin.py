@@ -6,6 +6,8 @@ the positions that are still stored.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import sys
 import weakref
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from calidrop import attention as oracle
 from calidrop.tokens import Tokens
@@ -63,9 +65,10 @@ class PositionMask:
     """The model's mask as a function of positions.
 
     pads: bool [B, columns], True for real tokens; None: all real. new_pads: whether any of the new columns is a pad.
-    visible: None for the plain causal rule. first: the column of the first key, in a cache that forgets its oldest.
-    prompt: whether the new columns belong to a prompt though there may be only one. ends: whether they end it; None
-    where that is not known. assisted: whether assisted decoding runs."""
+    visible: None for the plain causal rule. window: how many columns it shows where it is a sliding window. first:
+    the column of the first key, in a cache that forgets its oldest. prompt: whether the new columns belong to a
+    prompt though there may be only one. ends: whether they end it; None where that is not known. assisted: whether
+    assisted decoding runs."""
 
     def __init__(
         self,
@@ -76,14 +79,17 @@ class PositionMask:
         prompt: bool = False,
         ends: bool | None = None,
         assisted: bool = False,
+        window: int | None = None,
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
-        self.prompt, self.ends, self.assisted = prompt, ends, assisted
+        self.prompt, self.ends, self.assisted, self.window = prompt, ends, assisted, window
 
     def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
         """accelerate moves the inputs of every layer to its device."""
         pads = None if self.pads is None else self.pads.to(device, non_blocking=non_blocking)
-        return PositionMask(pads, self.new_pads, self.visible, self.first, self.prompt, self.ends, self.assisted)
+        moved = copy.copy(self)
+        moved.pads = pads
+        return moved
 
     def positions(self, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
         """int32 [B,T]: columns of the new tokens, -1 for pads."""
@@ -109,7 +115,7 @@ def asked(
     B, H, T, _ = k.shape
     pos = mask.positions(B, seen, T, k.device)
     new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
-    return oracle.Queries(q, pos, scale, softcap, mask.visible), new
+    return oracle.Queries(q, pos, scale, softcap, mask.visible, mask.window), new
 
 
 def at_column(
@@ -133,6 +139,25 @@ def _from_function(fn: Callable) -> oracle.Visible:
         return mask.expand(B, H, q_pos.shape[1], kv_pos.shape[2])
 
     return visible
+
+
+def _sliding(fn: Callable) -> int | None:
+    """The window of a mask function that is transformers' own of a causal sliding window, None of any other."""
+    sample = sliding_window_causal_mask_function(1)
+    try:
+        (parts,), (own,) = (inspect.getclosurevars(f).nonlocals.values() for f in (fn, sample))
+        (overlay, causal), (known, _) = parts, own
+        (window,) = inspect.getclosurevars(overlay).nonlocals.values()
+    except (TypeError, ValueError):
+        return None
+    same = fn.__code__ is sample.__code__ and overlay.__code__ is known.__code__ and causal is causal_mask_function
+    return window if same and isinstance(window, int) else None
+
+
+@functools.cache
+def within(window: int) -> PositionMask:
+    """The mask of a generated token in a layer with a sliding window."""
+    return PositionMask(visible=_from_function(sliding_window_causal_mask_function(window)), window=window)
 
 
 def _from_tensor(mask: Tensor) -> oracle.Visible:
@@ -171,11 +196,11 @@ def mask(
     if pads is not None and bool(pads.all()):
         pads = None
     new_pads = pads is not None and not bool(pads[:, start : start + q_length].all())
-    visible = None if mask_function is causal_mask_function else _from_function(mask_function)
+    plain = mask_function is causal_mask_function
+    visible, window = (None, None) if plain else (_from_function(mask_function), _sliding(mask_function))
     caller = sys._getframe(1)
-    return PositionMask(
-        pads, new_pads, visible, int(kv_offset), *prefill(caller), called_from(caller, ASSISTED) is not None
-    )
+    assisted = called_from(caller, ASSISTED) is not None
+    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(caller), assisted, window)
 
 
 def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calidrop.compiled import CompilerError, run_compiled
 from calidrop.plugin import CACHE, using
 from calidrop.steady import RECORDERS, Steady
+from calidrop.support import check_model, in_chunks
 
 if TYPE_CHECKING:
     from calidrop.cache import KVCache
@@ -41,8 +42,10 @@ class Steps:
             )
         if compile and len(devices) > 1:
             raise ValueError(f"compile=True needs a model on one device, got {', '.join(devices)}")
-        if compile and any(layer.reach is not None for layer in cache.layers_here):
-            raise ValueError("compile=True needs a model whose layers all look back to the beginning; here some do not")
+        if compile and in_chunks(check_model(model)):
+            raise ValueError(
+                "compile=True needs a model whose layers see all or a sliding window; here some see chunks"
+            )
         self.steady = Steady(cache, device) if graph else None
         self._install(model, asked)
 

@@ -49,12 +49,19 @@ def check_model(model: Any) -> Any:
 
 def layer_kinds(config: Any) -> list[int | None]:
     """Per layer: None where attention reaches back without bound, else how many tokens it reaches."""
-    n = config.num_hidden_layers
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * n
-    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds]
+    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in _kinds(config)]
+
+
+def in_chunks(config: Any) -> bool:
+    """Whether some layers see only the chunk of the sequence that they are in."""
+    return "chunked_attention" in _kinds(config) and bool(config.attention_chunk_size)
+
+
+def _kinds(config: Any) -> list[str]:
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    usual = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+    return getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
 
 
 def rope_of(model: Any) -> Rope | None:

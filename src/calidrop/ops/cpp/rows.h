@@ -19,8 +19,7 @@ struct BFloat16 {
 };
 struct Float16 {
   static constexpr int BITS = 16;
-  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
-  static inline V at(const char* row, int i, int) { return __builtin_convertvector(load<T>(row + 32 * i), V); }
+  static inline V at(const char* row, int i, int) { return of_halves(row + 32 * i); }
 };
 template <int N> struct Codes {
   static constexpr int BITS = N;

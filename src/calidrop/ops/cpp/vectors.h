@@ -6,7 +6,7 @@
 #include <cstring>
 #include <optional>
 #include <vector>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -134,15 +134,29 @@ inline void every(const float* from, int step, int n, float* to) {
   for (int i = 0; i < n; ++i) to[i] = from[i * step];
 }
 
+// 16 halves as floats (compilers convert vectors of them one by one)
+inline V of_halves(const void* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  const auto* of = static_cast<const __m128i*>(p);
+  V x;
+  for (int i = 0; i < 2; ++i) {
+    const __m256 y = _mm256_cvtph_ps(_mm_loadu_si128(of + i));
+    std::memcpy(reinterpret_cast<char*>(&x) + 32 * i, &y, 32);
+  }
+  return x;
+#else
+  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
+  return __builtin_convertvector(load<T>(p), V);
+#endif
+}
+
 // n halves, `slot` bytes apart, as floats; to holds a multiple of 16
 inline void halves(const char* p, int64_t slot, int n, float* to) {
-  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
   int i = 0;
   if (slot == 2)
-    for (; i + 16 <= n; i += 16) {
-      V x = __builtin_convertvector(load<T>(p + 2 * i), V);
-      store(to + i, x);
-    }
+    for (; i + 16 <= n; i += 16) store(to + i, of_halves(p + 2 * i));
   for (; i < n; ++i) to[i] = half(load<uint16_t>(p + i * slot));
 }
 

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 namespace vnni {
+namespace {  // nothing here is called from outside, so all of it may become part of who calls it
 
 struct alignas(64) Line {
   int8_t of[64];
@@ -146,10 +147,7 @@ inline void rows_of(const char* p, int64_t step, int n, int codes, const Fixed& 
     __m512i high[RT][4], low[RT][4];
     for (int r = 0; r < RT; ++r)
       for (int u = 0; u < 4; ++u) high[r][u] = low[r][u] = _mm512_setzero_si512();
-    for (int g = 0; 4 * g < n; g += C::QUADS) {
-      const auto row = [&](int i) {  // behind the last row weights are 0, whatever they meet
-        return p + std::min(4 * g + i, n - 1) * step;
-      };
+    const auto quads = [&](int g, const auto& row) {
       __m512i four[4];
       weave(C::load(row(0), row(4)), C::load(row(1), row(5)), C::load(row(2), row(6)), C::load(row(3), row(7)), four);
       for (int r = 0; r < RT; ++r) {
@@ -159,7 +157,13 @@ inline void rows_of(const char* p, int64_t step, int n, int codes, const Fixed& 
           low[r][u] = _mm512_dpbusd_epi32(low[r][u], four[u], l);
         }
       }
-    }
+    };
+    int g = 0;
+    const char* at = p;
+    for (; 4 * (g + C::QUADS) <= n; g += C::QUADS, at += 4 * C::QUADS * step)
+      quads(g, [&](int i) { return at + i * step; });
+    // behind the last row weights are 0, whatever they meet
+    for (; 4 * g < n; g += C::QUADS) quads(g, [&](int i) { return p + std::min(4 * g + i, n - 1) * step; });
     for (int r = 0; r < RT; ++r)
       for (int u = 0; u < 4; ++u)
         C::add(to + static_cast<size_t>(r0 + r) * width + j * W + u * (W / 4), high[r][u], low[r][u], w.step[r0 + r],
@@ -191,58 +195,80 @@ inline void take32(const float* from, const int* place, float* to) {
   _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(a, _mm512_loadu_si512(place + 16), b));
 }
 
-// sixteen vectors -> the sum of each
-inline __m512i sums(const __m512i* v) {
-  __m512i four[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512i *x = v + 4 * i;
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-    four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  }
-  auto lanes = [](__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-  };
-  return lanes(lanes(four[0], four[1]), lanes(four[2], four[3]));
+// sums of neighbouring lanes: those of a, then those of b
+inline __m512i lanes(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-// products of n tokens' codes with RT queries in the order of `code_at`: s[r * BLOCK + t]
-template <int BITS, int RT>
+// products of n tokens' codes with RT queries in the order of `code_at`: s[r * BLOCK + t]. CHUNKS: 0 for any other number
+template <int BITS, int RT, int CHUNKS>
 inline void dots_of(const char* k, int64_t step, int n, int chunks, const Fixed& q, int r0, float* s) {
   using C = Chunk<64, BITS>;
-  for (int t = 0; t < n; t += 4) {
-    __m512i v[16];
-    for (int i = 0; i < 4; ++i) {
-      __m512i high[RT], low[RT];
-      for (int r = 0; r < RT; ++r) high[r] = low[r] = _mm512_setzero_si512();
-      const char* row = k + static_cast<int64_t>(std::min(t + i, n - 1)) * step;
-      for (int j = 0; j < chunks; ++j) {
-        const __m512i x = C::load(row + j * C::BYTES);
+  const int count = CHUNKS ? CHUNKS : chunks;
+  const int32_t *high[RT], *low[RT];
+  float by[RT], more[RT];
+  for (int r = 0; r < RT; ++r) {
+    high[r] = q.highs(r0 + r), low[r] = q.lows(r0 + r);
+    by[r] = q.step[r0 + r], more[r] = MIDDLE<BITS> * q.lost[r0 + r];
+  }
+  // two tokens: sums of two words each, those of one token beside those of the other
+  const auto two = [&](const char* a, const char* b, __m512i* to) {
+    __m512i x[RT], y[RT];
+    for (int r = 0; r < RT; ++r) x[r] = y[r] = _mm512_setzero_si512();
+    const auto add = [&](const int32_t* const* of) {
+      for (int j = 0; j < count; ++j) {
+        const __m512i c = C::load(a + j * C::BYTES), d = C::load(b + j * C::BYTES);
         for (int r = 0; r < RT; ++r) {
-          high[r] = _mm512_dpbusd_epi32(high[r], x, _mm512_loadu_si512(q.highs(r0 + r) + 16 * j));
-          low[r] = _mm512_dpbusd_epi32(low[r], x, _mm512_loadu_si512(q.lows(r0 + r) + 16 * j));
+          const __m512i w = _mm512_loadu_si512(of[r] + 16 * j);
+          x[r] = _mm512_dpbusd_epi32(x[r], c, w), y[r] = _mm512_dpbusd_epi32(y[r], d, w);
         }
       }
-      for (int r = 0; r < RT; ++r) v[4 * r + i] = _mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]);
-    }
-    for (int i = 4 * RT; i < 16; ++i) v[i] = _mm512_setzero_si512();
-    alignas(64) float all[16];
-    _mm512_store_ps(all, _mm512_cvtepi32_ps(sums(v)));
-    for (int r = 0; r < RT; ++r)  // BLOCK is a multiple of 4, so there is room behind the last token
-      _mm_storeu_ps(s + (r0 + r) * BLOCK + t, _mm_fmadd_ps(_mm_load_ps(all + 4 * r), _mm_set1_ps(q.step[r0 + r]),
-                                                              _mm_set1_ps(MIDDLE<BITS> * q.lost[r0 + r])));
+    };
+    add(high);
+    for (int r = 0; r < RT; ++r) x[r] = _mm512_slli_epi32(x[r], 8), y[r] = _mm512_slli_epi32(y[r], 8);
+    add(low);
+    for (int r = 0; r < RT; ++r) to[r] = _mm512_add_epi32(_mm512_unpacklo_epi32(x[r], y[r]), _mm512_unpackhi_epi32(x[r], y[r]));
+  };
+  const auto four = [&](int t, const char* a, const char* b, const char* c, const char* d) {
+    __m512i x[RT], y[RT], z[4];
+    two(a, b, x), two(c, d, y);
+    for (int r = 0; r < 4; ++r)
+      z[r] = r < RT ? _mm512_add_epi32(_mm512_unpacklo_epi64(x[r % RT], y[r % RT]), _mm512_unpackhi_epi64(x[r % RT], y[r % RT]))
+                    : _mm512_setzero_si512();
+    const __m512 all = _mm512_cvtepi32_ps(lanes(lanes(z[0], z[1]), lanes(z[2], z[3])));
+    const auto put = [&](int r, __m128 y) {  // BLOCK is a multiple of 4, so there is room behind the last token
+      if (r < RT) _mm_storeu_ps(s + (r0 + r) * BLOCK + t, _mm_fmadd_ps(y, _mm_set1_ps(by[r % RT]), _mm_set1_ps(more[r % RT])));
+    };
+    put(0, _mm512_castps512_ps128(all)), put(1, _mm512_extractf32x4_ps(all, 1));
+    put(2, _mm512_extractf32x4_ps(all, 2)), put(3, _mm512_extractf32x4_ps(all, 3));
+  };
+  int t = 0;
+  for (; t + 4 <= n; t += 4, k += 4 * step) four(t, k, k + step, k + 2 * step, k + 3 * step);
+  if (t < n) {
+    const auto row = [&](int i) { return k + std::min(i, n - 1 - t) * step; };
+    four(t, row(0), row(1), row(2), row(3));
+  }
+}
+
+template <int BITS, int CHUNKS>
+inline void all_dots(const char* k, int64_t step, int n, int chunks, const Fixed& q, int R, float* s) {
+  int r = 0;
+  for (; r + 4 <= R; r += 4) dots_of<BITS, 4, CHUNKS>(k, step, n, chunks, q, r, s);
+  switch (R - r) {
+    case 3: dots_of<BITS, 3, CHUNKS>(k, step, n, chunks, q, r, s); break;
+    case 2: dots_of<BITS, 2, CHUNKS>(k, step, n, chunks, q, r, s); break;
+    case 1: dots_of<BITS, 1, CHUNKS>(k, step, n, chunks, q, r, s); break;
   }
 }
 
 template <int BITS> inline void dots(const char* k, int64_t step, int n, int codes, const Fixed& q, int R, float* s) {
-  int r = 0;
-  for (; r + 4 <= R; r += 4) dots_of<BITS, 4>(k, step, n, codes / 64, q, r, s);
-  switch (R - r) {
-    case 3: dots_of<BITS, 3>(k, step, n, codes / 64, q, r, s); break;
-    case 2: dots_of<BITS, 2>(k, step, n, codes / 64, q, r, s); break;
-    case 1: dots_of<BITS, 1>(k, step, n, codes / 64, q, r, s); break;
+  switch (codes / 64) {  // a known number is unrolled
+    case 1: return all_dots<BITS, 1>(k, step, n, 1, q, R, s);
+    case 2: return all_dots<BITS, 2>(k, step, n, 2, q, R, s);
+    default: return all_dots<BITS, 0>(k, step, n, codes / 64, q, R, s);
   }
 }
 
+}  // namespace
 }  // namespace vnni
 #endif
