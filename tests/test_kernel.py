@@ -244,3 +244,30 @@ def test_a_prompt_with_its_column_sums(flags, softcap, G, D, Dv, W, dtype, monke
     torch.testing.assert_close(sums, ops.mass_in_torch(qs, norm, t), rtol=2e-5, atol=2e-6)
     again = cpu.prompt(qs, t)[1]
     assert torch.equal(sums, again)
+
+
+@pytest.mark.parametrize("pads", [0, 9])
+def test_h2o_holds_the_same_with_sums_found_on_the_way(pads, monkeypatch):
+    """One attention of the prompt, and none of `mass` after it, but at generated tokens."""
+    qkv = random_qkv(2, 3, 2, 60, 64)
+    asked: list[int] = []
+    own = ops.mass
+    monkeypatch.setattr(ops, "mass", lambda qs, lse, t: asked.append(len(qs)) or own(qs, lse, t))
+    found = []
+    for told in (True, False):
+        if not told:
+            monkeypatch.setattr(cpu, "sums", lambda qs, t: False)
+        kv = run("h2o(budget=20, every=4)", qkv, 50, pads=[0, pads])
+        found.append([(t.pos, t.stats["mass"]) for t in live(kv)])
+        assert (50 in asked) == (not told) and 1 in asked
+        asked.clear()
+    for (pos, mass), (want_pos, want) in zip(*found, strict=True):
+        assert torch.equal(pos, want_pos)
+        torch.testing.assert_close(mass, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_gradients_go_through_is_attended_by_torch():
+    t, qs = tokens(1, 2, 9, 64), queries(1, 2, 9, 64)
+    qs = replace(qs, pos=torch.arange(9)[None])
+    assert ops.prompt_with_mass(qs, t)[1] is not None
+    assert ops.prompt_with_mass(replace(qs, q=qs.q.clone().requires_grad_()), t)[1] is None

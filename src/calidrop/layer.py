@@ -247,17 +247,17 @@ class LayerKV(CacheLayerMixin):
         """The outputs of the prompt, and after them those of the soft tokens."""
         s, mass = self.state, None
         parts = s.store.attend(qs) if s.store else []
-        if not s.seen and sink is None and self.sums:
-            found, mass = ops.prompt_with_mass(qs, new, self.reach)
-            parts.append(found)
-            s.window.append(new)
-        elif self.reach is not None and len(s.window):
+        if self.reach is not None and len(s.window):
             s.window.append(new)
             parts.append(ops.prompt(qs, s.window.tokens(), self.reach))
         else:
             if len(s.window):
                 parts.append(ops.attend(qs, s.window.tokens()))
-            parts.append(ops.prompt(qs, new, self.reach))
+            if not s.seen and sink is None and self.sums:
+                found, mass = ops.prompt_with_mass(qs, new)
+            else:
+                found = ops.prompt(qs, new, self.reach)
+            parts.append(found)
             s.window.append(new)
         o, lse = with_sink(qs, ops.joined(qs, parts), sink)
         self._prompted(qs, lse, mass)

@@ -28,6 +28,7 @@ from calidrop.tokens import Tokens
 ATTENTION = "calidrop"
 ASSISTED = "_assisted_decoding"  # the method of transformers that proposes, verifies and crops
 _TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
+SLIDING = sliding_window_causal_mask_function(1)
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
 
@@ -143,15 +144,19 @@ def _from_function(fn: Callable) -> oracle.Visible:
 
 def _sliding(fn: Callable) -> int | None:
     """The window of a mask function that is transformers' own of a causal sliding window, None of any other."""
-    sample = sliding_window_causal_mask_function(1)
-    try:
-        (parts,), (own,) = (inspect.getclosurevars(f).nonlocals.values() for f in (fn, sample))
-        (overlay, causal), (known, _) = parts, own
-        (window,) = inspect.getclosurevars(overlay).nonlocals.values()
-    except (TypeError, ValueError):
+    parts = _closed_over(fn, SLIDING)
+    if not isinstance(parts, tuple) or len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
-    same = fn.__code__ is sample.__code__ and overlay.__code__ is known.__code__ and causal is causal_mask_function
-    return window if same and isinstance(window, int) else None
+    known: Any = _closed_over(SLIDING, SLIDING)
+    window = _closed_over(parts[0], known[0])
+    return window if isinstance(window, int) else None
+
+
+def _closed_over(fn: Any, like: Any) -> Any:
+    """The one value that a function holds, if it is of the same code as another; else None."""
+    cells: Any = getattr(fn, "__closure__", None) or ()
+    same = getattr(fn, "__code__", None) is like.__code__ and len(cells) == 1
+    return cells[0].cell_contents if same else None
 
 
 @functools.cache

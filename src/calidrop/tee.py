@@ -102,7 +102,7 @@ class _TeeLayer(CacheLayerMixin):
         qs, new = asked(q, k, v, mask, 0, scale, softcap)
         mass = None
         if sink is None and any(layer.sums for layer in self.layers):
-            found, mass = ops.prompt_with_mass(qs, new, self.reach)
+            found, mass = ops.prompt_with_mass(qs, new)
         else:
             found = ops.prompt(qs, new, self.reach)
         o, lse = with_sink(qs, found, sink)

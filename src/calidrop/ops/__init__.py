@@ -68,12 +68,12 @@ def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
     return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def prompt_with_mass(qs: Queries, t: Tokens, reach: int | None = None) -> tuple[Partial, Tensor | None]:
+def prompt_with_mass(qs: Queries, t: Tokens) -> tuple[Partial, Tensor | None]:
     """`prompt`, and its queries' `mass` where a kernel says both in the time of one: in fp32 on a CPU, where the
-    attention of torch is no faster."""
-    if reach is None and len(qs) > 1 and qs.q.dtype == torch.float32 and cpu.sums(qs, t):
+    attention of torch is no faster. The kernel knows no gradients."""
+    if len(qs) > 1 and qs.q.dtype == torch.float32 and not qs.q.requires_grad and cpu.sums(qs, t):
         return cpu.prompt(qs, t)
-    return prompt(qs, t, reach), None
+    return prompt(qs, t), None
 
 
 def _left_pads(qs: Queries) -> list[int]:

@@ -67,21 +67,7 @@ class Kernel:
         self.prompt = library.calidrop_prompt
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
-        self.prompt.argtypes = [
-            _Array,
-            _Array,
-            _Array,
-            i32,
-            ptr,
-            ptr,
-            *[i64] * 5,
-            i32,
-            i32,
-            real,
-            real,
-            *[ptr] * 3,
-            i32,
-        ]
+        self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.decode.restype = self.columns.restype = self.prompt.restype = None
 
 
@@ -180,7 +166,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
 
 def sums(qs: Queries, t: Tokens) -> bool:
     """Whether `mass` and `prompt` can be asked."""
-    known = qs.q.shape[-1] in HEAD_DIMS and t.v.shape[-1] in HEAD_DIMS and t.k.dtype in DTYPES
+    known = qs.q.shape[-1] in HEAD_DIMS and t.v.shape[-1] in HEAD_DIMS and t.k.dtype == t.v.dtype in DTYPES
     return known and qs.q.device.type == "cpu" and qs.visible is None and not kernel().reason
 
 

@@ -9,7 +9,6 @@ constexpr int FEW = 16;  // queries that are not worth laying out keys for
 
 struct Asked {
   Array k, pos;
-  int32_t dtype;
   const float *q, *lse;  // [B,H,R,D], [B,H,R]; R = G * W
   const int32_t* at;     // [B,W], the queries' positions
   int64_t B, H, G, W, N;
@@ -77,7 +76,7 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
 extern "C" void calidrop_columns(Array k, Array pos, int32_t dtype, const float* q, const float* lse, const int32_t* at,
                                  int64_t B, int64_t H, int64_t G, int64_t W, int64_t N, int32_t D, float scale,
                                  float softcap, float* out, int32_t threads) {
-  const Asked c{k, pos, dtype, q, lse, at, B, H, G, W, N, D, scale, softcap};
+  const Asked c{k, pos, q, lse, at, B, H, G, W, N, D, scale, softcap};
   if (dtype == F32) sums<Float32>(c, out, threads);
   if (dtype == BF16) sums<BFloat16>(c, out, threads);
   if (dtype == F16) sums<Float16>(c, out, threads);
