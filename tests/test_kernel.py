@@ -3,6 +3,7 @@
 import functools
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from helpers import live, random_qkv, run
 pytestmark = pytest.mark.skipif(cpu.kernel().reason.startswith("no C++ compiler"), reason=cpu.kernel().reason)
 
 
+CPUINFO = Path("/proc/cpuinfo")
+ONLY_VNNI = pytest.mark.skipif(
+    not CPUINFO.exists() or "avx512_vnni" not in CPUINFO.read_text(), reason="what AMX rests on is not there"
+)
 ONLY_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
 compiled = functools.cache(lambda flags: cpu.Kernel(*flags))
 
@@ -111,16 +116,22 @@ VARIANTS = [
     pytest.param(("-DCALIDROP_PORTABLE",), id="portable"),
     pytest.param(("-march=x86-64-v3",), id="avx2", marks=[pytest.mark.slow, ONLY_X86]),
 ]
+EMULATED = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
+CODES = [*VARIANTS, pytest.param(EMULATED, id="amx emulated", marks=[pytest.mark.slow, ONLY_VNNI])]
 
 
-@pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("recipe", CODED)
-@pytest.mark.parametrize("flags", VARIANTS)
-def test_codes(flags, recipe, D, monkeypatch):
+def use(flags: tuple[str, ...], monkeypatch) -> None:
     if flags:
         other = compiled(flags)
         assert not other.reason
         monkeypatch.setattr(cpu, "kernel", lambda: other)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("recipe", CODED)
+@pytest.mark.parametrize("flags", CODES)
+def test_codes(flags, recipe, D, monkeypatch):
+    use(flags, monkeypatch)
     B, H, G, N = 2, 2, 3, 611
     qkv = random_qkv(B, H, G, N, D)
     kv = run(recipe, qkv, pads=[0, 77])
@@ -136,6 +147,25 @@ def test_codes(flags, recipe, D, monkeypatch):
         return
     assert sum(not isinstance(p, tuple) for p in parts) == len(parts)
     check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+
+
+@pytest.mark.parametrize("G", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("recipe", "D"),
+    [
+        *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (32, 64, 96, 128, 256)),
+        *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
+        *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),
+    ],
+)
+@pytest.mark.parametrize("flags", CODES)
+def test_codes_for_any_number_of_queries_and_channels(flags, recipe, D, G, monkeypatch):
+    use(flags, monkeypatch)
+    B, H, N = 1, 2, 203
+    kv = run(recipe, random_qkv(B, H, G, N, D))
+    qs = Queries(torch.randn(B, H * G, 1, D), torch.full((B, 1), N), D**-0.5)
+    assert kv.state.store is not None
+    check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
 
 
 def test_what_it_does_not_take_is_answered_by_torch():
@@ -184,10 +214,7 @@ def test_what_is_no_number_stays_none(which):
 )
 def test_column_sums(flags, softcap, D, W, dtype, monkeypatch):
     """Few queries and many, left pads, empty slots with no numbers in them, tokens in any order."""
-    if flags:
-        other = compiled(flags)
-        assert not other.reason
-        monkeypatch.setattr(cpu, "kernel", lambda: other)
+    use(flags, monkeypatch)
     B, H, G, N = 2, 2, 3, 131
     t = tokens(B, H, N, D, dtype, empty=0.2)
     pos = torch.arange(N - W, N).expand(B, W).clone()
@@ -226,10 +253,7 @@ def test_column_sums_of_what_the_kernel_does_not_read():
 )
 def test_a_prompt_with_its_column_sums(flags, softcap, G, D, Dv, W, dtype, monkeypatch):
     """Left pads, a row of pads alone, more query heads than a tile has rows."""
-    if flags:
-        other = compiled(flags)
-        assert not other.reason
-        monkeypatch.setattr(cpu, "kernel", lambda: other)
+    use(flags, monkeypatch)
     B, H = 3, 2
     pos = torch.arange(W, dtype=torch.int32).expand(B, W).clone()
     pos[1, : W // 3], pos[2] = -1, -1

@@ -1,5 +1,5 @@
-// Products of codes with AMX: 16 x 16 sums of 64 products an instruction. Weights and queries are vnni::Fixed, high bytes
-// in rows 0 to 7 of a tile and low bytes in rows 8 to 15.
+// Products of codes with AMX: 16 x 16 sums of 64 products an instruction. Weights and queries are rounded to 16 bits as in
+// vnni.h, but as two signed bytes: high ones in rows 0 to 7 of a tile and low ones in rows 8 to 15.
 #pragma once
 #include "vnni.h"
 
@@ -9,8 +9,9 @@
 #include <unistd.h>
 
 namespace amx {
+using vnni::MIDDLE;
 
-constexpr int MOST = 8;  // weights or queries at once
+constexpr int ROWS = 8;  // weights or queries at once
 
 // whether the kernel lets this process use tiles: it must be asked, once
 inline bool allowed() {
@@ -31,6 +32,92 @@ struct Tiles {
   }
   ~Tiles() { _tile_release(); }
 };
+
+struct alignas(64) Line {
+  int8_t of[64];
+};
+
+// numbers as two signed bytes each, w = step * (256 * high + low), and the step
+struct Fixed {
+  std::vector<Line> lines;  // 8 rows of high ones, then 8 rows of low ones
+  std::vector<float> step, lost;  // lost: what rounding took from the sum of a row
+  int width = 0;  // lines of a row
+  void size(int rows, int n) {
+    width = (n + 63) / 64;
+    lines.assign(16 * width, Line{});
+    step.resize(rows), lost.resize(rows);
+  }
+  // row r becomes x[0..n), the rest of it 0
+  void set(int r, const float* x, int n) {
+    V most = {}, total = {};
+    for (int i = 0; i < n; i += 16) {
+      const V y = head(x + i, n - i), size = y < V{} ? -y : y;
+      most = size > most ? size : most;
+      total += y * 0.0f;  // NaN where any is not finite
+    }
+    const float largest = _mm512_reduce_max_ps((__m512)most), bad = sum(total);
+    // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
+    const float inverse = largest > 1e-30f && bad == 0.0f ? 32512.0f / largest : 0.0f;
+    step[r] = inverse == 0.0f ? bad : largest / 32512.0f;
+    int8_t *h = lines[r * width].of, *l = lines[(8 + r) * width].of;
+    V rest = {};
+    for (int i = 0; i < 64 * width; i += 16) {
+      const V y = i < n && inverse != 0.0f ? head(x + i, n - i) * inverse : V{};  // all 0 where any is not finite
+      const __m512i w = _mm512_cvtps_epi32((__m512)y);
+      const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(128)), 8);
+      const __m128i a = _mm512_cvtepi32_epi8(top), b = _mm512_cvtepi32_epi8(_mm512_sub_epi32(w, _mm512_slli_epi32(top, 8)));
+      rest += y - (V)_mm512_cvtepi32_ps(w);
+      _mm_store_si128(reinterpret_cast<__m128i*>(h + i), a);
+      _mm_store_si128(reinterpret_cast<__m128i*>(l + i), b);
+    }
+    lost[r] = sum(rest) * step[r];
+  }
+};
+
+// 64 codes of a row, one a byte
+template <int BITS> struct Chunk {
+  static constexpr int BYTES = 8 * BITS;
+  static inline __m512i load(const char* p) {
+    if constexpr (BITS == 8) return _mm512_loadu_si512(p);
+    if constexpr (BITS == 4) {
+      const __m512i x = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+      return _mm512_and_si512(_mm512_srlv_epi16(x, by), _mm512_set1_epi8(15));
+    }
+    const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i by = _mm512_set_epi64(SHIFT * 6, SHIFT * 6, SHIFT * 4, SHIFT * 4, SHIFT * 2, SHIFT * 2, 0, 0);
+    return _mm512_and_si512(_mm512_srlv_epi16(x, by), _mm512_set1_epi8(3));
+  }
+  static inline void add(float* to, __m512i high, __m512i low, float step, float more) {
+    const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
+    const __m512 y = _mm512_add_ps(_mm512_loadu_ps(to), _mm512_set1_ps(more));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(x, _mm512_set1_ps(step), y));
+  }
+  static constexpr int64_t SHIFT = 0x0001000100010001;
+};
+
+// four rows -> four vectors whose words hold one code of each row
+inline void weave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
+  const __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b);
+  const __m512i cd = _mm512_unpacklo_epi8(c, d), CD = _mm512_unpackhi_epi8(c, d);
+  out[0] = _mm512_unpacklo_epi16(ab, cd), out[1] = _mm512_unpackhi_epi16(ab, cd);
+  out[2] = _mm512_unpacklo_epi16(AB, CD), out[3] = _mm512_unpackhi_epi16(AB, CD);
+}
+
+// which code of a row lies in byte b of its chunks
+inline int code_at(int b, int bits) {
+  const int bytes = 8 * bits, in = b % 64;
+  return (b / 64 * bytes + in % bytes) * (8 / bits) + in / bytes;
+}
+
+// which code of a row the a-th sum of `rows` belongs to
+inline int sum_at(int a, int bits) {
+  const int in = a % 64, u = in / 16, word = in % 16;
+  return code_at(a - in + word / 4 * 16 + 4 * u + word % 4, bits);
+}
+
+// whether rows of n codes can be read
+inline bool fits(int n) { return n % 64 == 0; }
 
 inline void fence() { asm volatile("" ::: "memory"); }  // compilers do not know that tiles read and write memory
 
@@ -55,7 +142,7 @@ inline void transpose(__m512i* x) {
 struct Buffers {
   alignas(64) char keys[4 * 4096], values[4 * 4096];  // codes of BLOCK tokens of 256 channels
   alignas(64) int32_t sums[16][256];
-  std::vector<vnni::Line> queries;  // a tile for each 64 channels
+  std::vector<Line> queries;  // a tile for each 64 channels
   void keep_sums(int first) {
     _tile_stored(0, sums[first], 64);
     _tile_stored(1, sums[first + 1], 64);
@@ -65,11 +152,11 @@ struct Buffers {
 };
 
 // queries as the other side of `dots`: four channels of each row behind one another
-inline void lay(const vnni::Fixed& q, Buffers& to) {
-  to.queries.resize(q.words);
-  for (int j = 0; j < q.words / 16; ++j) {
+inline void lay(const Fixed& q, Buffers& to) {
+  to.queries.resize(16 * q.width);
+  for (int j = 0; j < q.width; ++j) {
     __m512i x[16];
-    for (int r = 0; r < 16; ++r) x[r] = _mm512_load_si512(q.lines.data() + static_cast<size_t>(r) * q.words / 16 + j);
+    for (int r = 0; r < 16; ++r) x[r] = _mm512_load_si512(q.lines.data() + r * q.width + j);
     transpose(x);
     for (int r = 0; r < 16; ++r) _mm512_store_si512(to.queries.data() + 16 * j + r, x[r]);
   }
@@ -77,7 +164,7 @@ inline void lay(const vnni::Fixed& q, Buffers& to) {
 
 // n tokens' codes, for `dots` with the same arguments; bytes are codes, and whole tiles of them are read where they lie
 template <int BITS> inline void lay_keys(const char* k, int64_t step, int n, int codes, Buffers& b) {
-  using C = vnni::Chunk<64, BITS>;
+  using C = Chunk<BITS>;
   if (BITS == 8 && n == BLOCK) return;
   for (int t = 0; t < BLOCK; ++t)
     for (int j = 0; j < codes / 64; ++j)
@@ -111,14 +198,14 @@ template <int BITS> inline void dots(const char* k, int64_t step, int n, int cod
 }
 
 // scores from the sums of `dots`
-template <int BITS> inline void scores(int n, const vnni::Fixed& q, int R, float* s, Buffers& b) {
+template <int BITS> inline void scores(int n, const Fixed& q, int R, float* s, Buffers& b) {
   for (int t = 0; t < n; t += 16) {
     __m512i x[16];
     for (int i = 0; i < 16; ++i) x[i] = _mm512_load_si512(b.sums[t / 16] + 16 * i);
     transpose(x);
     for (int r = 0; r < R; ++r) {
       const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(x[8 + r]));
-      const __m512 more = _mm512_set1_ps(vnni::MIDDLE<BITS> * q.lost[r]);
+      const __m512 more = _mm512_set1_ps(MIDDLE<BITS> * q.lost[r]);
       _mm512_storeu_ps(s + r * BLOCK + t, _mm512_fmadd_ps(y, _mm512_set1_ps(q.step[r]), more));
     }
   }
@@ -126,18 +213,18 @@ template <int BITS> inline void scores(int n, const vnni::Fixed& q, int R, float
 
 // n rows of codes, for `rows`; behind the last row weights are 0, whatever they meet
 template <int BITS> inline void lay_values(const char* p, int64_t step, int n, int codes, Buffers& b) {
-  using C = vnni::Chunk<64, BITS>;
+  using C = Chunk<BITS>;
   for (int g = 0; g < 16; ++g)
     for (int j = 0; j < codes / 64; ++j) {
       const auto row = [&](int i) { return p + std::min(4 * g + i, n - 1) * step + j * C::BYTES; };
       char* to = b.values + 4096 * j + 64 * g;
       __m512i four[4];
-      vnni::weave(C::load(row(0)), C::load(row(1)), C::load(row(2)), C::load(row(3)), four);
+      weave(C::load(row(0)), C::load(row(1)), C::load(row(2)), C::load(row(3)), four);
       for (int u = 0; u < 4; ++u) _mm512_store_si512(to + 1024 * u, four[u]);
     }
 }
 // `rows` and `add`: as vnni::rows for codes in chunks of 64, at most BLOCK rows of them
-inline void rows(int codes, const vnni::Fixed& w, Buffers& b) {
+inline void rows(int codes, const Fixed& w, Buffers& b) {
   fence();
   _tile_loadd(7, w.lines.data(), 64);
   for (int j = 0; j < codes / 64; ++j) {
@@ -159,11 +246,11 @@ inline void rows(int codes, const vnni::Fixed& w, Buffers& b) {
   fence();
 }
 
-template <int BITS> inline void add(int codes, const vnni::Fixed& w, int R, float* to, int width, Buffers& b) {
+template <int BITS> inline void add(int codes, const Fixed& w, int R, float* to, int width, Buffers& b) {
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < codes / 16; ++u)
-      vnni::Chunk<64, BITS>::add(to + static_cast<size_t>(r) * width + 16 * u, _mm512_load_si512(b.sums[u] + 16 * r),
-                                 _mm512_load_si512(b.sums[u] + 16 * (8 + r)), w.step[r], vnni::MIDDLE<BITS> * w.lost[r]);
+      Chunk<BITS>::add(to + static_cast<size_t>(r) * width + 16 * u, _mm512_load_si512(b.sums[u] + 16 * r),
+                                 _mm512_load_si512(b.sums[u] + 16 * (8 + r)), w.step[r], MIDDLE<BITS> * w.lost[r]);
 }
 
 }  // namespace amx

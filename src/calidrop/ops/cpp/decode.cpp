@@ -56,7 +56,7 @@ struct Call {
 // scores [R][BLOCK] of n tokens become weights against the running maximum; o and l are rescaled
 void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
              int64_t bias_slot) {
-  for (int r = 0; r < a.R; ++r) {
+  for (int r = 0; r < a.R; ++r) {  // rows are independent: what one waits for, another computes
     float* x = s + r * BLOCK;
     if (softcap > 0.0f)
       for (int t = 0; t < n; ++t) x[t] = softcap * std::tanh(x[t] / softcap);
@@ -74,17 +74,12 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
       top = y > top ? y : top;
     }
     a.shrink[r] = 1.0f;
-    const bool none = any(odd);
     float m = a.m[r];
-    if (none) {  // what is no number stays none, to the end
+    if (any(odd)) {  // what is no number stays none, to the end
       a.l[r] = NAN, m = std::max(m, 0.0f);
       for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
     } else
       m = std::max(m, most(top));
-    if (m == NONE) {  // nothing visible so far
-      std::memset(x, 0, sizeof(float) * BLOCK);
-      continue;
-    }
     if (m > a.m[r]) {
       const float shrink = a.m[r] == NONE ? 0.0f : std::exp(a.m[r] - m);
       a.shrink[r] = shrink;
@@ -93,6 +88,10 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
       for (int d = 0; d < a.D; ++d) o[d] *= shrink;
       a.m[r] = m;
     }
+  }
+  for (int r = 0; r < a.R; ++r) {
+    float* x = s + r * BLOCK;
+    const float m = a.m[r] == NONE ? 0.0f : a.m[r];  // nothing visible so far: all weigh e^-inf
     V total = {};
     for (int t = 0; t < BLOCK; t += 16) {
       V y = exp(load<V>(x + t) - m);
@@ -121,9 +120,10 @@ struct Scratch {
   std::vector<int> k_order, v_order;
   Answer part;
 #ifdef CALIDROP_VNNI
-  vnni::Fixed left, right;
+  vnni::Words left, right;
 #endif
 #ifdef CALIDROP_AMX
+  amx::Fixed tile_left, tile_right;
   amx::Buffers buffers;
 #endif
   Scratch(const Call& c)
@@ -151,16 +151,18 @@ void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t
 
 // ---- codes with a scale and zero per token
 
-// the order in which `codes` sees a row of keys, and in which it leaves sums over rows of values: place -> code
-template <int BITS> void orders(const Call& c, Scratch& w) {
+// the order in which products see a row of keys, and in which sums over rows of values are left: place -> code
+template <int BITS> void orders(const Call& c, [[maybe_unused]] bool tiles, Scratch& w) {
   w.k_order.resize(c.D), w.v_order.resize(c.Dv);
-  for (int i = 0; i < c.D; ++i) w.k_order[i] = plane_at(i, c.D, BITS);
-  for (int i = 0; i < c.Dv; ++i) w.v_order[i] = plane_at(i, c.Dv, BITS);
+  plane_order<BITS>(c.D, w.k_order.data()), plane_order<BITS>(c.Dv, w.v_order.data());
 #ifdef CALIDROP_VNNI
-  if (vnni::width(c.D) == 64)
-    for (int i = 0; i < c.D; ++i) w.k_order[i] = vnni::code_at(i, 64, BITS);
-  if (vnni::width(c.Dv))
-    for (int i = 0; i < c.Dv; ++i) w.v_order[i] = vnni::sum_at(i, vnni::width(c.Dv), BITS);
+  if (vnni::fits(c.D)) vnni::code_order<BITS>(c.D, w.k_order.data());
+  if (vnni::fits(c.Dv)) vnni::sum_order<BITS>(c.Dv, w.v_order.data());
+#endif
+#ifdef CALIDROP_AMX
+  if (!tiles) return;
+  for (int i = 0; i < c.D; ++i) w.k_order[i] = amx::code_at(i, BITS);
+  for (int i = 0; i < c.Dv; ++i) w.v_order[i] = amx::sum_at(i, BITS);
 #endif
 }
 
@@ -169,9 +171,9 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
   const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
   bool tiles = false;
 #ifdef CALIDROP_AMX
-  tiles = c.R <= amx::MOST && vnni::width(c.D) == 64 && vnni::width(c.Dv) == 64 && amx::allowed();
+  tiles = c.R <= amx::ROWS && amx::fits(c.D) && amx::fits(c.Dv) && amx::allowed();
 #endif
-  orders<BITS>(c, w);
+  orders<BITS>(c, tiles, w);
   w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
   float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
   for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
@@ -181,8 +183,8 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = w.straight[w.k_order[d]];
   }
 #ifdef CALIDROP_VNNI
-  w.left.size(c.R, c.D, tiles), w.right.size(c.R, BLOCK, tiles);
-  for (int r = 0; r < c.R; ++r) w.left.set(r, w.q.data() + r * c.D, c.D);
+  w.left.size(c.R, c.D), w.right.size(c.R, BLOCK);
+  w.left.set(w.q.data(), c.D, c.D);
 #endif
   const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, to - t)); };
   const char *k = base(x, x.k, at), *v = base(x, x.v, at);
@@ -190,7 +192,9 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
   std::optional<amx::Tiles> mine;
   if (tiles) {
     mine.emplace();
-    amx::lay(w.left, w.buffers);
+    w.tile_left.size(c.R, c.D), w.tile_right.size(c.R, BLOCK);
+    for (int r = 0; r < c.R; ++r) w.tile_left.set(r, w.q.data() + r * c.D, c.D);
+    amx::lay(w.tile_left, w.buffers);
     amx::lay_keys<BITS>(k + from * x.k.slot, x.k.slot, block(from), c.D, w.buffers);
   }
 #endif
@@ -206,12 +210,12 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     if (tiles) {
       amx::dots<BITS>(rows, x.k.slot, n, c.D, w.buffers);
       amx::lay_values<BITS>(v_rows, x.v.slot, n, c.Dv, w.buffers);
-      amx::scores<BITS>(n, w.left, c.R, w.s.data(), w.buffers);
+      amx::scores<BITS>(n, w.tile_left, c.R, w.s.data(), w.buffers);
     } else
 #endif
 #ifdef CALIDROP_VNNI
-    if (vnni::width(c.D) == 64)
-      vnni::dots<BITS>(rows, x.k.slot, n, c.D, w.left, c.R, w.s.data());
+    if (vnni::fits(c.D))
+      vnni::dots<BITS>(rows, x.k.slot, n, c.D, w.left, c.R, w.s.data(), {v_rows, x.v.slot});
     else
 #endif
       dots_of<Codes<BITS>>(c.D, rows, x.k.slot, w.q.data(), w.s.data(), n, c.R);
@@ -230,18 +234,20 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
       zero_v[r] = zero_v[r] * w.part.shrink[r] + inner(s, zero, n);
       for (int i = 0; i < n; ++i) s[i] *= scale[i];
     }
-#ifdef CALIDROP_VNNI
-    if (vnni::width(c.Dv)) {
-      for (int r = 0; r < c.R; ++r) w.right.set(r, w.s.data() + r * BLOCK, n);
 #ifdef CALIDROP_AMX
-      if (tiles) {
-        amx::rows(c.Dv, w.right, w.buffers);
-        if (t + n < to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), c.D, w.buffers);
-        amx::add<BITS>(c.Dv, w.right, c.R, w.part.o.data(), c.Dv, w.buffers);
-        continue;
-      }
+    if (tiles) {
+      for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * BLOCK, n);
+      amx::rows(c.Dv, w.tile_right, w.buffers);
+      if (t + n < to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), c.D, w.buffers);
+      amx::add<BITS>(c.Dv, w.tile_right, c.R, w.part.o.data(), c.Dv, w.buffers);
+      continue;
+    }
 #endif
-      vnni::rows<BITS>(v_rows, x.v.slot, n, c.Dv, w.right, c.R, w.part.o.data(), c.Dv);
+#ifdef CALIDROP_VNNI
+    if (vnni::fits(c.Dv)) {
+      w.right.set(w.s.data(), BLOCK, n);
+      vnni::rows<BITS>(v_rows, x.v.slot, n, c.Dv, w.right, c.R, w.part.o.data(), c.Dv,
+                       {rows + n * x.k.slot, x.k.slot});
       continue;
     }
 #endif
@@ -290,10 +296,10 @@ template <int BITS>
 void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, int x_width, float* to, int width,
           Scratch& w) {
 #ifdef CALIDROP_VNNI
-  if (vnni::width(codes)) {
+  if (vnni::fits(codes)) {
     w.right.size(R, n);
-    for (int r = 0; r < R; ++r) w.right.set(r, x + static_cast<size_t>(r) * x_width, n);
-    vnni::rows<BITS>(p, step, n, codes, w.right, R, to, width);
+    w.right.set(x, x_width, n);
+    vnni::rows<BITS>(p, step, n, codes, w.right, R, to, width, {p, 0});
     return;
   }
 #endif
@@ -305,13 +311,10 @@ void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, 
 
 template <int BITS> void row_order(int codes, std::vector<int>& order) {
   order.resize(codes);
-  for (int i = 0; i < codes; ++i) {
+  plane_order<BITS>(codes, order.data());
 #ifdef CALIDROP_VNNI
-    order[i] = vnni::width(codes) ? vnni::sum_at(i, vnni::width(codes), BITS) : plane_at(i, codes, BITS);
-#else
-    order[i] = plane_at(i, codes, BITS);
+  if (vnni::fits(codes)) vnni::sum_order<BITS>(codes, order.data());
 #endif
-  }
 }
 
 // n numbers in the order of codes, code i from where place[i] says

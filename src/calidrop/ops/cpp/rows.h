@@ -109,10 +109,11 @@ bool weigh_of(int D, const char* v, int64_t step, const float* p, float* o, int 
   return false;
 }
 
-// place p of a row whose planes lie one behind the other (the first codes of all bytes, ...) -> the code there
-inline int plane_at(int p, int codes, int bits) {
-  const int bytes = codes * bits / 8;
-  return p % bytes * (8 / bits) + p / bytes;
+// which code lies at place i of a row of n whose planes lie one behind the other (the first codes of all bytes, ...)
+template <int BITS> inline void plane_order(int n, int* order) {
+  constexpr int PER = 8 / BITS;
+  for (int plane = 0, bytes = n / PER; plane < PER; ++plane)
+    for (int i = 0; i < bytes; ++i) order[plane * bytes + i] = i * PER + plane;
 }
 
 }  // namespace

@@ -80,8 +80,10 @@ inline bool any(Lanes<16>::I x) {
 // e^x for x <= 0, relative error 2e-7; below -87 it is 0
 inline V exp(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+#ifndef __AVX512F__
   Lanes<16>::I tiny = x < splat(-87.0f);
   x = tiny ? splat(-87.0f) : x;
+#endif
   V n = (x * 1.44269504f + magic) - magic;
   V r = x - n * 0.693359375f + n * 2.12194440e-4f;
   V p = splat(1.9875691500e-4f);
@@ -91,7 +93,12 @@ inline V exp(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+  // not below: what is no number stays none
+  return (V)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
   return tiny ? V{} : p * (V)((__builtin_convertvector(n, Lanes<16>::I) + 127) << 23);
+#endif
 }
 
 inline float half(uint16_t h) {
