@@ -84,7 +84,7 @@ def test_redundancy_in_blocks_and_with_empty_slots(monkeypatch):
     pos = torch.arange(40).expand(2, 3, 40).clone()
     pos[1, 0, ::3] = -1
     whole = redundancy(Tokens(k, k, pos), False)
-    monkeypatch.setattr("calidrop.methods._redundancy.SCORE_BYTES", 4 * 2 * 3 * 40 * 7)
+    monkeypatch.setattr("calidrop.ops.alike.SCORE_BYTES", 4 * 2 * 3 * 40 * 7)
     torch.testing.assert_close(redundancy(Tokens(k, k, pos), False), whole)
     real = pos[1, 0] >= 0
     alone = redundancy(Tokens(k[1:, :1, real], k[1:, :1, real], pos[1:, :1, real]), False)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from calidrop import ops
 from calidrop.attention import Queries, attend, merge
 from calidrop.observe import Observation
-from calidrop.ops import cpu
+from calidrop.ops import alike, cpu
 from calidrop.state import Ragged
 from calidrop.store import Exact
 from calidrop.tokens import Tokens
@@ -295,3 +296,23 @@ def test_a_prompt_that_gradients_go_through_is_attended_by_torch():
     qs = replace(qs, pos=torch.arange(9)[None])
     assert ops.prompt_with_mass(qs, t)[1] is not None
     assert ops.prompt_with_mass(replace(qs, q=qs.q.clone().requires_grad_()), t)[1] is None
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("N", "D"), [(1, 64), (64, 16), (130, 80), (611, 128), (1100, 32)])
+def test_the_last_key_that_is_alike(flags, N, D, later, monkeypatch):
+    use(flags, monkeypatch)
+    kinds = F.normalize(torch.randn(2, 3, 40, D), dim=-1)
+    which = torch.randint(0, 40, (2, 3, N))
+    k = F.normalize(kinds.gather(2, which[..., None].expand(-1, -1, -1, D)) + 0.02 * torch.randn(2, 3, N, D), dim=-1)
+    k[:, 1, :5] = 0.0  # empty slots are like nothing
+    k = k.half().float()  # products of neighbours differ by far more than the order of their sums does
+    at = torch.arange(N)
+    pairs = (k @ k.transpose(-1, -2) > 0.7) & ((at > at[:, None]) if later else (at != at[:, None]))
+    want = torch.where(pairs, at, -1).amax(-1)
+    assert cpu.compares(k)
+    assert torch.equal(alike.last_alike(k, 0.7, later), want)
+    assert torch.equal(alike.in_torch(k, 0.7, later), want)
+    if N > 100:
+        assert (want == -1).any() and (want >= 0).any()

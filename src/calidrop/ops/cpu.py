@@ -1,7 +1,7 @@
 """The kernels for CPUs: compiled at first use for this machine, kept in the user's cache folder.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
-`ops.mass_in_torch`.
+`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ class Kernel:
             return
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
-        self.prompt = library.calidrop_prompt
+        self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
-        self.decode.restype = self.columns.restype = self.prompt.restype = None
+        self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
+        self.decode.restype = self.columns.restype = self.prompt.restype = self.alike.restype = None
 
 
 @functools.cache
@@ -196,6 +197,19 @@ def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
         qs.scale, qs.softcap or 0.0, o.data_ptr(), lse.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return (o, lse), sums
+
+
+def compares(k: Tensor) -> bool:
+    """Whether `last_alike` can be asked."""
+    return k.device.type == "cpu" and k.dtype == torch.float32 and k.shape[-1] % 16 == 0 and not kernel().reason
+
+
+def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
+    """As `alike.last_alike`, of what `compares` allows."""
+    B, H, N, D = k.shape
+    k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
+    kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
+    return last
 
 
 def _array(x: Tensor) -> _Array:

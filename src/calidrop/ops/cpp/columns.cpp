@@ -56,7 +56,7 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
         dots_of<F>(c.D, x.k, c.k.slot, q, s.data(), x.n, static_cast<int>(R));
         for (int64_t r = 0; r < R; ++r) weights(r, s.data() + r * BLOCK);
       } else {
-        lay<F>(x, c.k.slot, c.D, laid.data());
+        lay<F>(x.k, x.n, c.k.slot, c.D, laid.data());
         for (int64_t r = 0; r < R; r += ROWS) {
           if (last[b][r / ROWS] < x.first) continue;
           const int rows = static_cast<int>(std::min<int64_t>(ROWS, R - r));

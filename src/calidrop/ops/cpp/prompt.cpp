@@ -160,7 +160,7 @@ template <class F> void prompt(const Prompt& c, int threads) {
     for (int64_t i = 0; i < count; ++i)
       keys.emplace_back(at_head(c.k, b, h), c.k.slot, at_head(c.pos, b, h), c.pos.slot, i * BLOCK, c.N);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) lay<F>(keys[i], c.k.slot, c.D, laid.data() + i * BLOCK * c.D);
+    for (int64_t i = 0; i < count; ++i) lay<F>(keys[i].k, keys[i].n, c.k.slot, c.D, laid.data() + i * BLOCK * c.D);
     // each worker has tiles of its own, so that sums come out the same every time
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int worker = 0; worker < threads; ++worker)

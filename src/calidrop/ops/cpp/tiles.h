@@ -59,10 +59,11 @@ inline void products(int rows, const float* q, int D, const float* k, float* s, 
     }
 }
 
-template <class F> void lay(const Block& x, int64_t step, int D, float* to) {
-  for (int t = 0; t < x.n; ++t)
+// n keys of a block, `step` bytes apart, by channels
+template <class F> void lay(const char* k, int n, int64_t step, int D, float* to) {
+  for (int t = 0; t < n; ++t)
     for (int i = 0; i < D / 16; ++i) {
-      const V row = F::at(x.k + t * step, i, D / 16);
+      const V row = F::at(k + t * step, i, D / 16);
       float* at = to + (t / (16 * WIDE) * D + 16 * i) * 16 * WIDE + t % (16 * WIDE);
       for (int d = 0; d < 16; ++d) at[d * 16 * WIDE] = row[d];
     }
