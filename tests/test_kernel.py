@@ -107,6 +107,7 @@ CODED = [
     "adakv(budget=300, recent=9)+int4",
     "adakv(budget=300, recent=9)+kivi(bits=2)",
     "snapkv(budget=200, recent=9)+calidrop",
+    *(f"think(keep=0.5, recent=5){more}" for more in ("", "+int8", "+int4", "+kivi(bits=2)")),
 ]
 
 

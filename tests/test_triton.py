@@ -140,6 +140,7 @@ CODED = [
     "adakv(budget=90, recent=9)+int4",
     "adakv(budget=90, recent=9)+fp8",
     "adakv(budget=90, recent=9)+kivi(bits=2)",
+    *(f"think(keep=0.55, recent=5){more}" for more in ("", "+int4", "+fp8", "+kivi(bits=4, group=32)")),
 ]
 
 

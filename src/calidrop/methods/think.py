@@ -43,7 +43,7 @@ class ThinKeys(Store):
         self.inner, self.keep, self.values = inner, keep, values
         self.of_keys: Channels | None = None
         self.of_values: Channels | None = None
-        self.by = ""  # who answered last
+        self.by = ""  # who answered last, where values have fewer channels too
 
     def add(self, t: Tokens, obs: Observation) -> None:
         if self.of_keys is None:
@@ -69,10 +69,17 @@ class ThinKeys(Store):
         parts = self.inner.attend(cut)
         if not parts:
             return []
+        if self.of_values is None:
+            return [self._leaf(p, cut) if isinstance(p, Piece) else p for p in parts]
         backend = ops.pick(cut, parts)
         self.by = backend.name
         o, lse = backend.decode(cut, parts)
-        return [(self.of_values.spread(o) if self.of_values else o, lse)]
+        return [(self.of_values.spread(o), lse)]
+
+    @staticmethod
+    def _leaf(piece: Piece, cut: Queries) -> Piece:
+        """One that is asked with fewer channels, along with all others."""
+        return replace(piece, q=cut.q, answer=lambda _: piece.answer(cut))
 
     def _whole(self, t: Tokens) -> Tokens:
         assert self.of_keys is not None

@@ -42,7 +42,8 @@ class _Array(ctypes.Structure):
 
 class _Piece(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_int32) for n in ("kind", "dtype", "bits", "group", "channels", "rotate")),
+        *((n, ctypes.c_int32) for n in ("kind", "dtype", "bits", "group", "channels", "rotate", "width")),
+        ("q", ctypes.c_void_p),
         ("slots", ctypes.c_int64),
         ("lens", ctypes.c_void_p),
         *((n, _Array) for n in ARRAYS),
@@ -65,7 +66,7 @@ class Kernel:
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
-        self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, i32, real, real, ptr, i32, i32]
+        self.decode.argtypes = [ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
@@ -144,22 +145,23 @@ def unread(x: Piece, qs: Queries) -> str:
         per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
         fits = x.group % per_vector == 0 and x.channels % per_vector == 0
         return "" if fits else f"groups of {x.group} tokens and {x.channels} channels do not fill vectors"
-    least = max(HEAD_DIMS.get(d, 99) for d in (qs.q.shape[-1], x.value_dim))
+    D = x.queries(qs).shape[-1]
+    least = max(HEAD_DIMS.get(d, 99) for d in (D, x.value_dim))
     fits = least <= x.bits if x.kind == "per token" else least < 99 and x.columns["k"].dtype in DTYPES
-    return "" if fits else f"{qs.q.shape[-1]} and {x.value_dim} channels of {x.bits or 'all'} bits"
+    return "" if fits else f"{D} and {x.value_dim} channels of {x.bits or 'all'} bits"
 
 
 def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     """Attention over the union of disjoint sets, all of them visible: one call. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
-    B, Hq, T, D = qs.q.shape
+    B, Hq, T, _ = qs.q.shape
     first = next(p for p in parts if isinstance(p, Piece))
     H, Dv = first.heads, first.value_dim
     q = qs.q.float().contiguous()
     out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
-    told = (_Piece * len(parts))(*(_told(p, keep) for p in parts))
+    told = (_Piece * len(parts))(*(_told(p, q, keep) for p in parts))
     kernel().decode(
-        q.data_ptr(), out.data_ptr(), lse.data_ptr(), B, H, Hq // H * T, D, Dv,
+        out.data_ptr(), lse.data_ptr(), B, H, Hq // H * T, Dv,
         qs.scale, qs.softcap or 0.0, told, len(told), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
@@ -217,8 +219,8 @@ def _array(x: Tensor) -> _Array:
     return _Array(x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3]))
 
 
-def _told(part: Partial | Piece, keep: list[Tensor]) -> _Piece:
-    """keep: tensors made on the way, which must outlive the call."""
+def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> _Piece:
+    """q: of pieces that have none of their own. keep: tensors made on the way, which must outlive the call."""
     if not isinstance(part, Piece):
         o, lse = (x.float().contiguous() for x in part)
         keep += [o, lse]
@@ -227,6 +229,10 @@ def _told(part: Partial | Piece, keep: list[Tensor]) -> _Piece:
     told = _Piece(
         KINDS[part.kind], DTYPES.get(part.columns["k"].dtype, 0), part.bits, part.group, part.channels, part.rotate
     )
+    if part.q is not None:
+        q = part.q.float().contiguous()
+        keep.append(q)
+    told.q, told.width = q.data_ptr(), q.shape[-1]
     told.slots = 0 if flat else part.columns["k"].shape[2]
     if part.lens is not None:
         told.lens = part.lens.data_ptr()

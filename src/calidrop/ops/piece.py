@@ -25,7 +25,8 @@ class Piece:
     `channels`). columns: k, v and, as the kind has them, k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may
     be empty), bias (fp32, added to the logits); each [B,H,slots,...], or [slots,...] with all (row, head) one behind
     the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate: whether codes are of
-    channels behind a Hadamard rotation."""
+    channels behind a Hadamard rotation. q: the queries [B,Hq,T,D'] where keys have only some of the model's channels;
+    `answer` is asked with the whole queries nevertheless."""
 
     kind: str
     columns: dict[str, Tensor]
@@ -38,6 +39,11 @@ class Piece:
     group: int = 1
     channels: int = 0
     rotate: bool = False
+    q: Tensor | None = None
+
+    def queries(self, qs: Queries) -> Tensor:
+        """What is multiplied with the keys."""
+        return qs.q if self.q is None else self.q
 
     @staticmethod
     def held(held: Ragged, names: tuple[str, ...], answer: Callable[[Queries], Partial], **layout: Any) -> Piece:

@@ -9,7 +9,8 @@
 namespace {
 
 struct Piece {
-  int32_t kind, dtype, bits, group, channels, rotate;
+  int32_t kind, dtype, bits, group, channels, rotate, D;
+  const float* q;       // [B,H,R,D]
   int64_t slots;        // per (row, head) where lens is null
   const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
@@ -46,10 +47,9 @@ struct Answer {
 };
 
 struct Call {
-  const float* q;  // [B,H,R,D]
   float *out, *lse;
   int64_t B, H;
-  int R, D, Dv;
+  int R, Dv;
   float scale, softcap;
 };
 
@@ -126,23 +126,23 @@ struct Scratch {
   amx::Fixed tile_left, tile_right;
   amx::Buffers buffers;
 #endif
-  Scratch(const Call& c)
-      : q(c.R * c.D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(c.D, c.Dv)), part(c.R, c.Dv) {}
+  Scratch(const Call& c, int D)  // D: channels of the widest piece
+      : q(c.R * D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(D, c.Dv)), part(c.R, c.Dv) {}
 };
 
 // ---- exact tokens
 
 template <class F>
 void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
-  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
-  for (int i = 0; i < c.R * c.D; ++i) w.q[i] = q[i] * c.scale;
+  const float* q = x.q + (at.b * c.H + at.h) * c.R * x.D;
+  for (int i = 0; i < c.R * x.D; ++i) w.q[i] = q[i] * c.scale;
   const char *k = base(x, x.k, at), *v = base(x, x.v, at);
   const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
   const char* bias = x.bias.p ? base(x, x.bias, at) : nullptr;
   w.part.reset();
   for (int64_t t = from; t < to; t += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
-    dots_of<F>(c.D, k + t * x.k.slot, x.k.slot, w.q.data(), w.s.data(), n, c.R);
+    dots_of<F>(x.D, k + t * x.k.slot, x.k.slot, w.q.data(), w.s.data(), n, c.R);
     softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot,
             bias ? bias + t * x.bias.slot : nullptr, x.bias.slot);
     weigh_of<F>(c.Dv, v + t * x.v.slot, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
@@ -152,39 +152,39 @@ void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t
 // ---- codes with a scale and zero per token
 
 // the order in which products see a row of keys, and in which sums over rows of values are left: place -> code
-template <int BITS> void orders(const Call& c, [[maybe_unused]] bool tiles, Scratch& w) {
-  w.k_order.resize(c.D), w.v_order.resize(c.Dv);
-  plane_order<BITS>(c.D, w.k_order.data()), plane_order<BITS>(c.Dv, w.v_order.data());
+template <int BITS> void orders(int D, int Dv, [[maybe_unused]] bool tiles, Scratch& w) {
+  w.k_order.resize(D), w.v_order.resize(Dv);
+  plane_order<BITS>(D, w.k_order.data()), plane_order<BITS>(Dv, w.v_order.data());
 #ifdef CALIDROP_VNNI
-  if (vnni::fits(c.D)) vnni::code_order<BITS>(c.D, w.k_order.data());
-  if (vnni::fits(c.Dv)) vnni::sum_order<BITS>(c.Dv, w.v_order.data());
+  if (vnni::fits(D)) vnni::code_order<BITS>(D, w.k_order.data());
+  if (vnni::fits(Dv)) vnni::sum_order<BITS>(Dv, w.v_order.data());
 #endif
 #ifdef CALIDROP_AMX
   if (!tiles) return;
-  for (int i = 0; i < c.D; ++i) w.k_order[i] = amx::code_at(i, BITS);
-  for (int i = 0; i < c.Dv; ++i) w.v_order[i] = amx::sum_at(i, BITS);
+  for (int i = 0; i < D; ++i) w.k_order[i] = amx::code_at(i, BITS);
+  for (int i = 0; i < Dv; ++i) w.v_order[i] = amx::sum_at(i, BITS);
 #endif
 }
 
 template <int BITS>
 void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
-  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  const float* q = x.q + (at.b * c.H + at.h) * c.R * x.D;
   bool tiles = false;
 #ifdef CALIDROP_AMX
-  tiles = c.R <= amx::ROWS && amx::fits(c.D) && amx::fits(c.Dv) && amx::allowed();
+  tiles = c.R <= amx::ROWS && amx::fits(x.D) && amx::fits(c.Dv) && amx::allowed();
 #endif
-  orders<BITS>(c, tiles, w);
+  orders<BITS>(x.D, c.Dv, tiles, w);
   w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
   float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
   for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
-    std::memcpy(w.straight.data(), q + r * c.D, sizeof(float) * c.D);
-    if (x.rotate) hadamard(w.straight.data(), c.D);
-    for (int d = 0; d < c.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
-    for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = w.straight[w.k_order[d]];
+    std::memcpy(w.straight.data(), q + r * x.D, sizeof(float) * x.D);
+    if (x.rotate) hadamard(w.straight.data(), x.D);
+    for (int d = 0; d < x.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
+    for (int d = 0; d < x.D; ++d) w.q[r * x.D + d] = w.straight[w.k_order[d]];
   }
 #ifdef CALIDROP_VNNI
-  w.left.size(c.R, c.D), w.right.size(c.R, BLOCK);
-  w.left.set(w.q.data(), c.D, c.D);
+  w.left.size(c.R, x.D), w.right.size(c.R, BLOCK);
+  w.left.set(w.q.data(), x.D, x.D);
 #endif
   const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, to - t)); };
   const char *k = base(x, x.k, at), *v = base(x, x.v, at);
@@ -192,10 +192,10 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
   std::optional<amx::Tiles> mine;
   if (tiles) {
     mine.emplace();
-    w.tile_left.size(c.R, c.D), w.tile_right.size(c.R, BLOCK);
-    for (int r = 0; r < c.R; ++r) w.tile_left.set(r, w.q.data() + r * c.D, c.D);
+    w.tile_left.size(c.R, x.D), w.tile_right.size(c.R, BLOCK);
+    for (int r = 0; r < c.R; ++r) w.tile_left.set(r, w.q.data() + r * x.D, x.D);
     amx::lay(w.tile_left, w.buffers);
-    amx::lay_keys<BITS>(k + from * x.k.slot, x.k.slot, block(from), c.D, w.buffers);
+    amx::lay_keys<BITS>(k + from * x.k.slot, x.k.slot, block(from), x.D, w.buffers);
   }
 #endif
   const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
@@ -208,17 +208,17 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     const char *rows = k + t * x.k.slot, *v_rows = v + t * x.v.slot;
 #ifdef CALIDROP_AMX
     if (tiles) {
-      amx::dots<BITS>(rows, x.k.slot, n, c.D, w.buffers);
+      amx::dots<BITS>(rows, x.k.slot, n, x.D, w.buffers);
       amx::lay_values<BITS>(v_rows, x.v.slot, n, c.Dv, w.buffers);
       amx::scores<BITS>(n, w.tile_left, c.R, w.s.data(), w.buffers);
     } else
 #endif
 #ifdef CALIDROP_VNNI
-    if (vnni::fits(c.D))
-      vnni::dots<BITS>(rows, x.k.slot, n, c.D, w.left, c.R, w.s.data(), {v_rows, x.v.slot});
+    if (vnni::fits(x.D))
+      vnni::dots<BITS>(rows, x.k.slot, n, x.D, w.left, c.R, w.s.data(), {v_rows, x.v.slot});
     else
 #endif
-      dots_of<Codes<BITS>>(c.D, rows, x.k.slot, w.q.data(), w.s.data(), n, c.R);
+      dots_of<Codes<BITS>>(x.D, rows, x.k.slot, w.q.data(), w.s.data(), n, c.R);
     halves(ks + t * x.k_scale.slot, x.k_scale.slot, n, scale);
     halves(kz + t * x.k_zero.slot, x.k_zero.slot, n, zero);
     for (int r = 0; r < c.R; ++r) {
@@ -238,7 +238,7 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     if (tiles) {
       for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * BLOCK, n);
       amx::rows(c.Dv, w.tile_right, w.buffers);
-      if (t + n < to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), c.D, w.buffers);
+      if (t + n < to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), x.D, w.buffers);
       amx::add<BITS>(c.Dv, w.tile_right, c.R, w.part.o.data(), c.Dv, w.buffers);
       continue;
     }
@@ -333,7 +333,7 @@ void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, i
   const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
   const char *vs = base(x, x.v_scale, at), *vz = base(x, x.v_zero, at);
   const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
-  const float* q = c.q + (at.b * c.H + at.h) * c.R * c.D;
+  const float* q = x.q + (at.b * c.H + at.h) * c.R * x.D;
   Answer& a = w.part;
   a.reset();
   row_order<BITS>(group, w.k_order), row_order<BITS>(x.channels, w.v_order);
@@ -343,20 +343,20 @@ void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, i
   const bool behind = x.v.slot == static_cast<int64_t>(group) * row && x.v_scale.slot == 2L * group * groups;
   const int together = behind && group < BLOCK ? BLOCK / group : 1, width = together * group;
   w.scores.resize(c.R * width + group), w.zeros.assign(c.R * groups, 0.0f);
-  w.scale.resize(std::max(c.D, BLOCK * groups)), w.zero.resize(std::max(c.D, BLOCK * groups));
+  w.scale.resize(std::max(x.D, BLOCK * groups)), w.zero.resize(std::max(x.D, BLOCK * groups));
   for (int64_t u = from; u < to; u += together) {
     const int units = static_cast<int>(std::min<int64_t>(together, to - u)), tokens = units * group;
     std::fill(w.scores.begin(), w.scores.end(), 0.0f);
     for (int i = 0; i < units; ++i) {
-      halves(ks + (u + i) * x.k_scale.slot, 2, c.D, w.scale.data());
-      halves(kz + (u + i) * x.k_zero.slot, 2, c.D, w.zero.data());
+      halves(ks + (u + i) * x.k_scale.slot, 2, x.D, w.scale.data());
+      halves(kz + (u + i) * x.k_zero.slot, 2, x.D, w.zero.data());
       for (int r = 0; r < c.R; ++r)
-        for (int d = 0; d < c.D; ++d) w.q[r * c.D + d] = q[r * c.D + d] * w.scale[d];
+        for (int d = 0; d < x.D; ++d) w.q[r * x.D + d] = q[r * x.D + d] * w.scale[d];
       float* scores = w.scores.data() + i * group;
-      rows<BITS>(k + (u + i) * x.k.slot, group / PER, c.D, group, w.q.data(), c.R, c.D, scores, width, w);
+      rows<BITS>(k + (u + i) * x.k.slot, group / PER, x.D, group, w.q.data(), c.R, x.D, scores, width, w);
       for (int r = 0; r < c.R; ++r) {
         float *mine = scores + static_cast<size_t>(r) * width, *own = w.scores.data() + c.R * width;
-        const float offset = inner(q + r * c.D, w.zero.data(), c.D);
+        const float offset = inner(q + r * x.D, w.zero.data(), x.D);
         for (int t = 0; t < group; ++t) own[t] = (mine[t] + offset) * c.scale;
         in_order(own, place, group, mine);
       }
@@ -409,14 +409,15 @@ void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t t
 
 }  // namespace
 
-// q [B,H,R,D] fp32; out [B,H,R,Dv], lse [B,H,R] fp32. Every (row, head) is cut into `splits` tasks of about equal length.
-extern "C" void calidrop_decode(const float* q, float* out, float* lse, int64_t B, int64_t H, int32_t R, int32_t D,
-                                int32_t Dv, float scale, float softcap, const Piece* pieces, int32_t count,
-                                int32_t threads) {
-  const Call c{q, out, lse, B, H, R, D, Dv, scale, softcap};
+// out [B,H,R,Dv], lse [B,H,R] fp32. Every (row, head) is cut into `splits` tasks of about equal length.
+extern "C" void calidrop_decode(float* out, float* lse, int64_t B, int64_t H, int32_t R, int32_t Dv, float scale,
+                                float softcap, const Piece* pieces, int32_t count, int32_t threads) {
+  const Call c{out, lse, B, H, R, Dv, scale, softcap};
   const int64_t heads = B * H;
   std::vector<int64_t> slots(heads, 0), starts(heads * count, 0);
   int64_t longest = 0;
+  int D = 0;
+  for (int p = 0; p < count; ++p) D = std::max(D, pieces[p].D);
   for (int64_t i = 0; i < heads; ++i) {
     for (int p = 0; p < count; ++p) {
       if (pieces[p].kind == ANSWERED) continue;
@@ -430,7 +431,7 @@ extern "C" void calidrop_decode(const float* q, float* out, float* lse, int64_t 
   std::vector<Answer> answers(heads * splits, Answer(R, Dv));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch w(c);
+    Scratch w(c, D);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < heads * splits; ++task) {
       const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;

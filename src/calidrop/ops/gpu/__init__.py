@@ -50,7 +50,7 @@ def refusal(qs: Queries) -> str:
 
 def unread(x: Piece, qs: Queries) -> str:
     """Why `decode` cannot read a piece; "" where it can."""
-    device, D, rows = qs.q.device, qs.q.shape[-1], qs.q.shape[1] // x.heads * len(qs)
+    device, D, rows = qs.q.device, x.queries(qs).shape[-1], qs.q.shape[1] // x.heads * len(qs)
     if rows > MOST_ROWS:
         return f"{rows} queries per kv head, the kernel takes {MOST_ROWS}"
     if max(D, x.value_dim) > MOST_CHANNELS:

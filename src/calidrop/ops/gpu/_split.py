@@ -227,8 +227,7 @@ def _units(
 @triton.jit
 def _ask(
     q, turned, o, lse, part, splits, p, F: tl.constexpr, n, row, head, per, first, scale, softcap, CAPPED: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    RP: tl.constexpr, BH: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """What slots (part - first) * per ... of a piece say. first: the piece's first split."""
     bh = tl.program_id(0)
@@ -242,7 +241,14 @@ def _ask(
     start = (part - first) * per
     stop = tl.minimum(start + per, count).to(tl.int32)
     r = tl.arange(0, RP)
-    source = turned if F[4] > 1 else q
+    D: tl.constexpr = F[6]
+    DP: tl.constexpr = F[7]
+    if p[9] is not None:
+        source = p[9]
+    elif F[4] > 1:
+        source = turned
+    else:
+        source = q
     scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
     rows = source + (bh.to(tl.int64) * R + r) * D
     if F[0] == 0:
@@ -268,23 +274,22 @@ def _split(
     p0, n0, row0, head0, per0, end0, p1, n1, row1, head1, per1, end1,
     p2, n2, row2, head2, per2, end2, p3, n3, row3, head3, per3, end3,
     F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, F3: tl.constexpr, CAPPED: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    RP: tl.constexpr, BH: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """grid (row and kv head, split). skip: splits of earlier launches. end: the split behind a piece's last."""
     part = tl.program_id(1) + skip
     if part < end0:
         _ask(q, turned, o, lse, part, splits, p0, F0, n0, row0, head0, per0, skip, scale, softcap, CAPPED,
-             H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
+             H, R, DV, DVP, RP, BH)  # fmt: skip
     if F1 is not None:
         if (part >= end0) & (part < end1):
             _ask(q, turned, o, lse, part, splits, p1, F1, n1, row1, head1, per1, end0, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
+                 H, R, DV, DVP, RP, BH)  # fmt: skip
     if F2 is not None:
         if (part >= end1) & (part < end2):
             _ask(q, turned, o, lse, part, splits, p2, F2, n2, row2, head2, per2, end1, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
+                 H, R, DV, DVP, RP, BH)  # fmt: skip
     if F3 is not None:
         if part >= end2:
             _ask(q, turned, o, lse, part, splits, p3, F3, n3, row3, head3, per3, end2, scale, softcap, CAPPED,
-                 H, R, D, DV, DP, DVP, RP, BH)  # fmt: skip
+                 H, R, DV, DVP, RP, BH)  # fmt: skip

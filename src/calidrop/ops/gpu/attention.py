@@ -19,7 +19,7 @@ from calidrop.ops.gpu._split import SLOTS, _split
 from calidrop.ops.piece import Piece
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3}
-COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens
+COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens and own queries
 LEAST = 256  # tokens worth a program
 Tile = tuple[int, int, int]  # tokens at a time, warps, pipeline stages
 # by kind and bits, for up to 16 rows of 128 channels of half precision
@@ -49,7 +49,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, ti
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
     H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
     R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
-    turned = q @ signs(D, q.device, q.dtype) if rotated else q
+    turned = _turned(q) if any(p.rotate and p.q is None for p in pieces) else q
     block, warps, stages = tile or tile_of(pieces, D, R, q.dtype)
     blocks = [block if p.kind != "exact" or _all_exact(pieces) else max(16, min(block, 8 * warps)) for p in pieces]
     per, ends = _stretches(pieces, B * H, blocks, least, _warps(q.device) // warps)
@@ -60,7 +60,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, ti
         launch(
             _split, (B * H, ends[min(i + SLOTS, len(pieces))] - ends[i]), q, turned, o, lse, ends[-1], ends[i],
             qs.scale, qs.softcap or 0.0, *told, **formats, CAPPED=qs.softcap is not None,
-            H=H, R=R, D=D, DV=Dv, DP=padded(D), DVP=padded(Dv), RP=padded(R), BH=padded(B * H),
+            H=H, R=R, DV=Dv, DVP=padded(Dv), RP=padded(R), BH=padded(B * H),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     launch(
@@ -69,6 +69,16 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, ti
         num_warps=4 if Dv <= 128 else 8,
     )  # fmt: skip
     return out, out_lse
+
+
+def _turned(q: Tensor) -> Tensor:
+    """Rotated as codes are, not normalised."""
+    return q @ signs(q.shape[-1], q.device, q.dtype)
+
+
+def _own(p: Piece) -> Tensor | None:
+    """The piece's own queries as its keys lie."""
+    return None if p.q is None else (_turned(p.q) if p.rotate else p.q).contiguous()
 
 
 def _all_exact(pieces: list[Piece]) -> bool:
@@ -113,9 +123,11 @@ def _told(
     for i, p in enumerate(pieces):
         pitch = p.pitch()
         assert pitch is not None
-        columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens)
+        columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens, _own(p))
+        width = D if p.q is None else p.q.shape[-1]
+        turn = (width & -width) if p.rotate else 1
         args += [columns, p.slots, *pitch, per[i], ends[i]]
-        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, (D & -D) if p.rotate else 1, blocks[i])
+        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, turn, blocks[i], width, padded(width))
     return args + [None, 0, 0, 0, 0, 0] * (SLOTS - len(pieces)), formats
 
 
