@@ -102,17 +102,33 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
   }
 }
 
+// sums and differences of lanes HALF apart
+template <int HALF> inline V butterflies(V x) {
+  V y, sign;
+#ifdef __clang__
+  for (int i = 0; i < 16; ++i) y[i] = x[i ^ HALF];
+#else
+  Lanes<16>::I other;
+  for (int i = 0; i < 16; ++i) other[i] = i ^ HALF;
+  y = __builtin_shuffle(x, other);
+#endif
+  for (int i = 0; i < 16; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
+  return y + sign * x;
+}
+
+// D: a multiple of 16
 void hadamard(float* x, int D) {
   const int block = D & -D;
-  for (int half = 1; half < block; half *= 2)
+  const V c = splat(1.0f / std::sqrt(static_cast<float>(block)));
+  for (int i = 0; i < D; i += 16)
+    store(x + i, butterflies<8>(butterflies<4>(butterflies<2>(butterflies<1>(load<V>(x + i))))) * c);
+  for (int half = 16; half < block; half *= 2)
     for (int i = 0; i < D; i += 2 * half)
-      for (int j = i; j < i + half; ++j) {
-        float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
+      for (int j = i; j < i + half; j += 16) {
+        const V a = load<V>(x + j), b = load<V>(x + j + half);
+        store(x + j, a + b);
+        store(x + j + half, a - b);
       }
-  const float c = 1.0f / std::sqrt(static_cast<float>(block));
-  for (int i = 0; i < D; ++i) x[i] *= c;
 }
 
 struct Scratch {
@@ -179,7 +195,13 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
   for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
     std::memcpy(w.straight.data(), q + r * x.D, sizeof(float) * x.D);
     if (x.rotate) hadamard(w.straight.data(), x.D);
-    for (int d = 0; d < x.D; ++d) zero_q[r] += w.straight[d] *= c.scale;
+    V total = {};
+    for (int d = 0; d < x.D; d += 16) {
+      const V y = load<V>(w.straight.data() + d) * c.scale;
+      store(w.straight.data() + d, y);
+      total += y;
+    }
+    zero_q[r] = sum(total);
     for (int d = 0; d < x.D; ++d) w.q[r * x.D + d] = w.straight[w.k_order[d]];
   }
 #ifdef CALIDROP_VNNI
