@@ -422,7 +422,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path):
     with pytest.raises(ValueError, match="got 500 tokens, need 600"):
         prompts(Words(), text, asked, 4, 20, 600)
     (tmp_path / "bad.jsonl").write_text('{"answer": 3}')
-    with pytest.raises(ValueError, match='"question" on every line'):
+    with pytest.raises(ValueError, match="line 1: expected a JSON object with question"):
         read_questions(tmp_path / "bad.jsonl")
     assert chat(Words(), "a b") == ["<user>", "a", "b", "<assistant>"]
 

@@ -37,11 +37,19 @@ def told(run):
 
 def test_families():
     assert [family(r) for r in runs.FEW] == [
-        *("uncompressed", "storage", "storage", "eviction", "eviction + storage", "evicted still answer", "other")
+        *(
+            "uncompressed",
+            "storage",
+            "storage",
+            "eviction",
+            "eviction + storage",
+            "evicted still answer",
+            "another library",
+        )
     ]
     assert family("h2o(budget=0.2)+mikv(bits=2)") == "evicted still answer"
     assert family("think(keep=0.6)+kivi") == "storage"
-    assert family("kvpress:SnapKVPress(0.9)") == family("some_day(3)") == family("((") == "other"
+    assert family("kvpress:SnapKVPress(0.9)") == family("some_day(3)") == family("((") == "another library"
     assert parts("recalkv('no/such/file')")[0].text == "recalkv('no/such/file')"  # nothing is built
     assert {family(name) for name in METHODS} <= {*FAMILIES}
     (one,) = parts("snapkv(budget=128)")

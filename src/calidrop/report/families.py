@@ -9,7 +9,7 @@ from calidrop.methods import METHODS
 from calidrop.parts import Full, Rest, Selector, Shrink, Storage, role_of
 from calidrop.recipe import outline
 
-OTHER = "other"
+OTHER = "another library"
 FAMILIES = ("uncompressed", "storage", "eviction", "eviction + storage", "evicted still answer", OTHER)
 """By which points are coloured."""
 

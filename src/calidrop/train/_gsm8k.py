@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from calidrop.train._text import read_rows
 
 Row = dict[str, str]
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -17,18 +17,7 @@ STEP = re.compile(r"<<[^>]*=([^>]*)>>")  # a calculation in a reference answer, 
 def rows(file: Path | None) -> list[Row]:
     """{"question", "answer"} per line; None: 200 of GSM8K's training rows."""
     source = resources.files("calidrop") / "data" / "gsm8k_train_200.jsonl" if file is None else file
-    made = []
-    for i, line in enumerate(source.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-            made.append({name: str(row[name]) for name in ("question", "answer")})
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{source}, line {i + 1}: expected an object with question and answer") from None
-    return made
-
-
-def digest(data: list[Row]) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    return read_rows(source.read_text("utf-8"), str(source), "question", "answer")
 
 
 def check_answers(data: list[Row]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from calidrop.parts import check_int
+from calidrop.train._text import read_rows
 
 INSTRUCTIONS = (
     "Summarize this passage in two sentences.",
@@ -36,12 +36,8 @@ INSTRUCTIONS = (
 
 def read_questions(file: Path | None) -> list[str]:
     """The "question" of every line of a JSONL file."""
-    if file is None:
-        return []
-    try:
-        return [str(json.loads(line)["question"]) for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{file}: expected one JSON object with a "question" on every line') from None
+    rows = [] if file is None else read_rows(file.read_text("utf-8"), str(file), "question")
+    return [row["question"] for row in rows]
 
 
 def prompts(

@@ -23,9 +23,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import pad
 
 from calidrop.parts import check_int, check_number
-from calidrop.train._gsm8k import Row, answered, asked, digest
+from calidrop.train._gsm8k import Row, answered, asked
 from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, check_sparse, under
+from calidrop.train._text import digest
 
 Batch = dict[str, Any]
 

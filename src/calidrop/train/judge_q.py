@@ -10,8 +10,6 @@ and its mean square would vanish. Responses come from some hundred prompts inste
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from calidrop.methods.judge_q import SoftTokens
 from calidrop.parts import check_choice, check_int, check_number
 from calidrop.train._frozen import Frozen, Sample
 from calidrop.train._part import PartFile
+from calidrop.train._text import digest
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total)"""
@@ -71,8 +70,7 @@ def train(
     frozen, tell = Frozen(model), progress or (lambda *_: None)
     weights = key_samples(frozen.layers)
     settings: dict[str, Any] = {"model": name, **facts(frozen.layers, frozen.decoder.config.hidden_size)}
-    settings |= {**asdict(options), "samples": len(prompts), "prompts": _hash(json.dumps(prompts).encode())}
-    settings["weights"] = _hash(weights.numpy().tobytes())
+    settings |= {**asdict(options), "samples": len(prompts), "prompts": digest(prompts), "weights": digest(weights)}
     part = PartFile(out, settings, every)
     with frozen.use():
         samples = _samples(frozen, prompts, options.response, part, tell)
@@ -81,10 +79,6 @@ def train(
     soft = SoftTokens(meta, rows.cpu(), weights)
     part.finish(soft.save)
     return soft
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _samples(frozen: Frozen, prompts: Sequence[list[int]], most: int, part: PartFile, tell: Progress) -> list[Sample]:

@@ -23,9 +23,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from calidrop.cache import KVCache
 from calidrop.parts import check_int, check_number
 from calidrop.plugin import using
-from calidrop.train._gsm8k import Row, asked, check_answers, digest, reward, score
+from calidrop.train._gsm8k import Row, asked, check_answers, reward, score
 from calidrop.train._lora import Job, Progress, lora, split
 from calidrop.train._sparse import SparseCache, Trace, check_sparse, under
+from calidrop.train._text import digest
 
 
 class SparseTrainer(GRPOTrainer):
