@@ -9,6 +9,7 @@ from calidrop.methods._summary import Summary
 from calidrop.methods.calidrop import Answer, Calibrated
 from calidrop.observe import Observation
 from calidrop.offload import HostLog
+from calidrop.ops import cpu
 from calidrop.parallel import HeadGroup
 from calidrop.tokens import Tokens
 from helpers import feed, layer_of, random_qkv
@@ -24,9 +25,9 @@ def outputs(recipe, qkv, prompt, pads=None):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("order", "D"), [(0, D), (1, D), (1, 64)])
 @torch.no_grad()
-def test_always_recomputing_is_full_attention(base, order):
+def test_always_recomputing_is_full_attention(base, order, D):
     qkv = random_qkv(2, 2, 3, 60, D)
     _, full = outputs("full", qkv, 41, [0, 6])
     kv, out = outputs(f"{base}+calidrop(order={order}, recompute=2)", qkv, 41, [0, 6])
@@ -187,6 +188,27 @@ def test_only_the_heads_that_ask_are_fetched(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_kernel_asks_the_host_where_the_tokens_lie(base, dtype, monkeypatch):
+    if cpu.kernel().reason:
+        pytest.skip(cpu.kernel().reason)
+    qkv = [x.to(dtype) for x in random_qkv(2, 2, 3, 90, 64)]
+    store = outputs(f"{base}+calidrop", qkv, 41, [0, 6])[0].state.store.rest
+    assert len(store.log.segments) > ("h2o" in base)
+    qs = Queries(torch.randn(2, 6, 1, 64).to(dtype), torch.full((2, 1), 90), 0.125)
+    asked = torch.tensor([[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    monkeypatch.setattr(HostLog, "fetch", None)  # nothing is gathered
+    got = store._recall(qs, asked)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "recalls", lambda k, v: False)
+    want = store._recall(qs, asked)
+    assert torch.equal(got.pairs, want.pairs)
+    for name in ("o", "lse", "mean_k"):
+        torch.testing.assert_close(getattr(got.answer, name), getattr(want.answer, name), atol=2e-5, rtol=1e-4)
+
+
 def test_recompute_streams_in_chunks(monkeypatch):
     t, q = some_tokens(2, 2, 301), torch.randn(2, 6, 1, D)
     whole = Answer.of(Queries(q, torch.full((2, 1), 500), D**-0.5), t)

@@ -109,6 +109,15 @@ class HostLog(Host):
             for start in range(0, longest, step):
                 yield self._read(s, pairs, start, min(start + step, longest))
 
+    def lists(self, pairs: Tensor, *names: str) -> list[tuple[Tensor, ...]]:
+        """The lists of some (row, head) pairs (int64 [P], on the host) where they lie: of each segment the columns
+        [slots,...], and where each list begins and how many slots it has, int64 [P]."""
+        found = []
+        for s in self.segments:
+            columns = (s.data[n].flatten(0, 2) if s.uniform else s.data[n] for n in names)
+            found.append((*columns, _starts(s).flatten()[pairs], s.lens.flatten()[pairs]))
+        return found
+
     def _read(self, s: Ragged, pairs: Tensor, start: int, stop: int) -> Chunk:
         there, first = None, torch.full((len(pairs), 1), start, device=self.device)
         if self.device.type == "cuda":

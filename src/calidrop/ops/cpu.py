@@ -46,6 +46,7 @@ class _Piece(ctypes.Structure):
         ("q", ctypes.c_void_p),
         ("slots", ctypes.c_int64),
         ("lens", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
         *((n, _Array) for n in ARRAYS),
     ]
 
@@ -66,7 +67,7 @@ class Kernel:
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
-        self.decode.argtypes = [ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
+        self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
@@ -161,10 +162,37 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     keep: list[Tensor] = []
     told = (_Piece * len(parts))(*(_told(p, q, keep) for p in parts))
     kernel().decode(
-        out.data_ptr(), lse.data_ptr(), B, H, Hq // H * T, Dv,
+        out.data_ptr(), lse.data_ptr(), None, B, H, Hq // H * T, Dv,
         qs.scale, qs.softcap or 0.0, told, len(told), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
+
+
+def recalls(k: Tensor, v: Tensor) -> bool:
+    """Whether `recall` can be asked about such keys and values."""
+    known = k.shape[-1] in HEAD_DIMS and v.shape[-1] in HEAD_DIMS and k.dtype == v.dtype in DTYPES
+    return known and k.device.type == "cpu" and not kernel().reason
+
+
+def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What lists of exact tokens say to queries, read where they lie: q [P,G,D], P queries' groups, on the host; each
+    of `lists` k [slots,D], v [slots,Dv], and where those of a group begin and how many they are, int64 [P].
+    -> o [P,G,Dv], lse [P,G], the weighted mean key [P,G,D], fp32."""
+    P, G, D = q.shape
+    Dv = lists[0][1].shape[-1]
+    q = q.float().contiguous()
+    out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
+    told = []
+    for k, v, starts, lens in lists:
+        piece = _Piece(KINDS["exact"], DTYPES[k.dtype], group=1, width=D)
+        piece.q, piece.lens, piece.starts = q.data_ptr(), lens.data_ptr(), starts.data_ptr()
+        piece.k, piece.v = (_Array(x.data_ptr(), 0, 0, x.stride(0) * x.element_size()) for x in (k, v))
+        told.append(piece)
+    kernel().decode(
+        out.data_ptr(), lse.data_ptr(), mean.data_ptr(), P, 1, G, Dv, scale, 0.0, (_Piece * len(told))(*told),
+        len(told), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse, mean
 
 
 def sums(qs: Queries, t: Tokens) -> bool:

@@ -12,7 +12,8 @@ struct Piece {
   int32_t kind, dtype, bits, group, channels, rotate, D;
   const float* q;       // [B,H,R,D]
   int64_t slots;        // per (row, head) where lens is null
-  const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other
+  const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other, or where
+  const int64_t* starts;  // [B*H] says
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
 };
 enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED };
@@ -25,29 +26,42 @@ inline const char* base(const Piece& x, const Array& a, const Place& at) {
   return x.lens ? a.p + at.start * a.slot : a.p + at.b * a.row + at.h * a.head;
 }
 
-// what a set of tokens said to R queries: o not yet divided by l
+// what a set of tokens said to R queries: o and, where keys are wanted too (K > 0), their mean, not yet divided by l
 struct Answer {
-  int R, D;
-  std::vector<float> m, l, o, shrink;  // shrink: by what the last `softmax` multiplied l and o
-  Answer(int R, int D) : R(R), D(D), m(R, NONE), l(R, 0.0f), o(static_cast<size_t>(R) * D, 0.0f), shrink(R, 1.0f) {}
+  int R, D, K;
+  std::vector<float> m, l, o, mean, shrink;  // shrink: by what the last `softmax` multiplied the others
+  Answer(int R, int D, int K)
+      : R(R), D(D), K(K), m(R, NONE), l(R, 0.0f), o(static_cast<size_t>(R) * D, 0.0f),
+        mean(static_cast<size_t>(R) * K, 0.0f), shrink(R, 1.0f) {}
   void reset() {
     std::fill(m.begin(), m.end(), NONE);
     std::fill(l.begin(), l.end(), 0.0f);
     std::fill(o.begin(), o.end(), 0.0f);
+    std::fill(mean.begin(), mean.end(), 0.0f);
   }
-  void join(int r, float m2, float l2, const float* o2) {
+  void shrink_by(int r, float by) {
+    shrink[r] = by;
+    l[r] *= by;
+    for (int d = 0; d < D; ++d) o[static_cast<size_t>(r) * D + d] *= by;
+    for (int d = 0; d < K; ++d) mean[static_cast<size_t>(r) * K + d] *= by;
+  }
+  void join(int r, float m2, float l2, const float* o2, const float* mean2) {
     if (m2 == NONE || l2 == 0.0f) return;
     float top = std::max(m[r], m2), a = std::exp(m[r] - top), b = std::exp(m2 - top);
     if (m[r] == NONE) a = 0.0f;
-    float* mine = o.data() + static_cast<size_t>(r) * D;
+    float *mine = o.data() + static_cast<size_t>(r) * D, *keys = mean.data() + static_cast<size_t>(r) * K;
     for (int d = 0; d < D; ++d) mine[d] = a * mine[d] + b * o2[d];
+    for (int d = 0; d < K; ++d) keys[d] = a * keys[d] + b * mean2[d];
     l[r] = a * l[r] + b * l2;
     m[r] = top;
+  }
+  void join(int r, const Answer& x) {
+    join(r, x.m[r], x.l[r], x.o.data() + static_cast<size_t>(r) * D, x.mean.data() + static_cast<size_t>(r) * K);
   }
 };
 
 struct Call {
-  float *out, *lse;
+  float *out, *lse, *mean;
   int64_t B, H;
   int R, Dv;
   float scale, softcap;
@@ -81,11 +95,7 @@ void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t
     } else
       m = std::max(m, most(top));
     if (m > a.m[r]) {
-      const float shrink = a.m[r] == NONE ? 0.0f : std::exp(a.m[r] - m);
-      a.shrink[r] = shrink;
-      a.l[r] *= shrink;
-      float* o = a.o.data() + static_cast<size_t>(r) * a.D;
-      for (int d = 0; d < a.D; ++d) o[d] *= shrink;
+      a.shrink_by(r, a.m[r] == NONE ? 0.0f : std::exp(a.m[r] - m));
       a.m[r] = m;
     }
   }
@@ -143,7 +153,7 @@ struct Scratch {
   amx::Buffers buffers;
 #endif
   Scratch(const Call& c, int D)  // D: channels of the widest piece
-      : q(c.R * D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(D, c.Dv)), part(c.R, c.Dv) {}
+      : q(c.R * D), s(c.R * BLOCK), w(c.R * BLOCK), straight(std::max(D, c.Dv)), part(c.R, c.Dv, c.mean ? D : 0) {}
 };
 
 // ---- exact tokens
@@ -162,6 +172,7 @@ void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t
     softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot,
             bias ? bias + t * x.bias.slot : nullptr, x.bias.slot);
     weigh_of<F>(c.Dv, v + t * x.v.slot, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
+    if (w.part.K) weigh_of<F>(x.D, k + t * x.k.slot, x.k.slot, w.s.data(), w.part.mean.data(), n, c.R);
   }
 }
 
@@ -431,10 +442,10 @@ void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t t
 
 }  // namespace
 
-// out [B,H,R,Dv], lse [B,H,R] fp32. Every (row, head) is cut into `splits` tasks of about equal length.
-extern "C" void calidrop_decode(float* out, float* lse, int64_t B, int64_t H, int32_t R, int32_t Dv, float scale,
+// out [B,H,R,Dv], lse [B,H,R] fp32; mean [B,H,R,D] or null, the weighted mean key, of exact pieces alone. Every (row, head) is cut into `splits` tasks of about equal length.
+extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, int64_t H, int32_t R, int32_t Dv, float scale,
                                 float softcap, const Piece* pieces, int32_t count, int32_t threads) {
-  const Call c{out, lse, B, H, R, Dv, scale, softcap};
+  const Call c{out, lse, mean, B, H, R, Dv, scale, softcap};
   const int64_t heads = B * H;
   std::vector<int64_t> slots(heads, 0), starts(heads * count, 0);
   int64_t longest = 0;
@@ -444,13 +455,16 @@ extern "C" void calidrop_decode(float* out, float* lse, int64_t B, int64_t H, in
     for (int p = 0; p < count; ++p) {
       if (pieces[p].kind == ANSWERED) continue;
       slots[i] += (pieces[p].lens ? pieces[p].lens[i] : pieces[p].slots) * pieces[p].group;
-      if (pieces[p].lens && i) starts[p * heads + i] = starts[p * heads + i - 1] + pieces[p].lens[i - 1];
+      if (pieces[p].starts)
+        starts[p * heads + i] = pieces[p].starts[i];
+      else if (pieces[p].lens && i)
+        starts[p * heads + i] = starts[p * heads + i - 1] + pieces[p].lens[i - 1];
     }
     longest = std::max(longest, slots[i]);
   }
   int64_t splits = heads % threads == 0 && heads >= threads ? 1 : (4 * threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, longest / 256));
-  std::vector<Answer> answers(heads * splits, Answer(R, Dv));
+  std::vector<Answer> answers(heads * splits, Answer(R, Dv, mean ? D : 0));
 #pragma omp parallel num_threads(threads)
   {
     Scratch w(c, D);
@@ -468,9 +482,9 @@ extern "C" void calidrop_decode(float* out, float* lse, int64_t B, int64_t H, in
               const int64_t i = bh * R + r;
               const float m = load<float>(x.v.p + 4 * i);
               if (x.k.p)
-                mine.join(r, m, 1.0f, reinterpret_cast<const float*>(x.k.p) + i * Dv);
+                mine.join(r, m, 1.0f, reinterpret_cast<const float*>(x.k.p) + i * Dv, nullptr);
               else
-                mine.join(r, m, 1.0f, std::vector<float>(Dv, 0.0f).data());
+                mine.join(r, m, 1.0f, std::vector<float>(Dv, 0.0f).data(), nullptr);
             }
           continue;
         }
@@ -483,22 +497,21 @@ extern "C" void calidrop_decode(float* out, float* lse, int64_t B, int64_t H, in
         at += n * x.group;
         if (from >= to) continue;
         run(c, x, Place{b, h, x.lens ? starts[p * heads + bh] : 0}, from, to, w);
-        for (int r = 0; r < R; ++r)
-          mine.join(r, w.part.m[r], w.part.l[r], w.part.o.data() + static_cast<size_t>(r) * Dv);
+        for (int r = 0; r < R; ++r) mine.join(r, w.part);
       }
     }
   }
   for (int64_t bh = 0; bh < heads; ++bh) {
     Answer& a = answers[bh * splits];
-    for (int64_t i = 1; i < splits; ++i) {
-      const Answer& o = answers[bh * splits + i];
-      for (int r = 0; r < R; ++r) a.join(r, o.m[r], o.l[r], o.o.data() + static_cast<size_t>(r) * Dv);
-    }
+    for (int64_t i = 1; i < splits; ++i)
+      for (int r = 0; r < R; ++r) a.join(r, answers[bh * splits + i]);
     for (int r = 0; r < R; ++r) {
       const float l = a.l[r];
       const bool empty = l == 0.0f;
       lse[bh * R + r] = empty ? NONE : a.m[r] + std::log(l);
       for (int d = 0; d < Dv; ++d) out[(bh * R + r) * Dv + d] = empty ? 0.0f : a.o[static_cast<size_t>(r) * Dv + d] / l;
+      for (int d = 0; d < a.K; ++d)
+        mean[(bh * R + r) * D + d] = empty ? 0.0f : a.mean[static_cast<size_t>(r) * D + d] / l;
     }
   }
 }
