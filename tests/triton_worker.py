@@ -22,6 +22,7 @@ from helpers import random_qkv, run
 
 RECIPES = [
     "snapkv(budget=40)",
+    *(f"think(keep=0.6, recent=5){more}" for more in ("", "+int4", "+kivi(bits=4)")),
     "adakv(budget=90, recent=9)+int4",
     "int8(residual=5)",
     "fp8(residual=5)",

@@ -47,7 +47,7 @@ def _steps(run: Run) -> Iterator[Check]:
     if run.device.type == "cuda":
         snap = "snapkv(budget=64, recent=16)"
         for recipe in ("full", snap, f"{snap}+int4", f"{snap}+calidrop(offload=False)", f"{snap}+calidrop(late=4)",
-                       "h2o(budget=64)", "kivi(bits=4, group=16, residual=32)"):  # fmt: skip
+                       "h2o(budget=64)", "kivi(bits=4, group=16, residual=32)", "think(keep=0.5)+int4"):  # fmt: skip
             yield f"recorded steps {recipe}", 2e-3, functools.partial(_recorded, run, recipe)
 
 
