@@ -216,8 +216,10 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
     for (int d = 0; d < x.D; ++d) w.q[r * x.D + d] = w.straight[w.k_order[d]];
   }
 #ifdef CALIDROP_VNNI
-  w.left.size(c.R, x.D), w.right.size(c.R, BLOCK);
-  w.left.set(w.q.data(), x.D, x.D);
+  if (!tiles) {
+    w.left.size(c.R, x.D), w.right.size(c.R, BLOCK);
+    w.left.set(w.q.data(), x.D, x.D);
+  }
 #endif
   const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, to - t)); };
   const char *k = base(x, x.k, at), *v = base(x, x.v, at);
@@ -296,7 +298,7 @@ void per_token(const Call& c, const Piece& x, const Place& at, int64_t from, int
 
 // ---- keys with a scale and zero per channel over units of tokens, values per token over groups of channels (KIVI)
 
-// sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_at`
+// sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_order`
 template <int BITS, int L>
 void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int R, int w_width, float* to, int width) {
   using F = typename Lanes<L>::F;

@@ -202,7 +202,7 @@ inline void chunk_of(const char* p, int64_t step, int n, const Words& w, int r, 
   }
 }
 
-// n >= 1 rows of `codes` codes, `step` bytes apart; w holds R rows of n weights; sums in the order of `sum_at`
+// n >= 1 rows of `codes` codes, `step` bytes apart; w holds R rows of n weights; sums in the order of `sum_order`
 template <int BITS>
 inline void rows(const char* p, int64_t step, int n, int codes, const Words& w, int R, float* to, int width,
                  Ahead next) {
@@ -235,7 +235,7 @@ inline __m512i lanes(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-// products of n tokens' codes, NV vectors of 32, with RT queries in the order of `code_at`: s[r * BLOCK + t]
+// products of n tokens' codes, NV vectors of 32, with RT queries in the order of `code_order`: s[r * BLOCK + t]
 template <int BITS, int NV, int RT>
 inline void dots_of(const char* k, int64_t step, int n, const Words& q, int r0, float* s, Ahead next) {
   constexpr int W = chunk(32 * NV, BITS), ROW = 4 * NV * BITS;
