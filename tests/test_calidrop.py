@@ -207,6 +207,11 @@ def test_a_kernel_asks_the_host_where_the_tokens_lie(base, dtype, monkeypatch):
     assert torch.equal(got.pairs, want.pairs)
     for name in ("o", "lse", "mean_k"):
         torch.testing.assert_close(getattr(got.answer, name), getattr(want.answer, name), atol=2e-5, rtol=1e-4)
+    assert store.recalled_by == "torch"
+    monkeypatch.undo()
+    other = outputs(f"{base}+calidrop(refresh='host')", qkv, 41, [0, 6])[0].state.store.rest
+    assert torch.equal(other._recall(qs, asked).answer.o, got.answer.o)  # on a CPU there is nothing else
+    assert "asked again by the host's kernel" in other.describe()
 
 
 def test_recompute_streams_in_chunks(monkeypatch):

@@ -43,7 +43,8 @@ def recipes(run: Run) -> list[str]:
     kivi = "kivi(bits=4, residual=9)" if run.tiny else "kivi(bits=4)"
     snap = f"snapkv({budget})"
     ours = ["full", snap, f"{snap}+int4", f"{snap}+calidrop(late=1)", kivi, "int4"]
-    return [DYNAMIC, PRUNED, *ours, f"full{PYTHON}", f"{snap}{PYTHON}", f"{snap}+calidrop{PYTHON}"]
+    asked = [f"{snap}+calidrop{PYTHON}", f"{snap}+calidrop(refresh='host'){PYTHON}"]
+    return [DYNAMIC, PRUNED, *ours, f"full{PYTHON}", f"{snap}{PYTHON}", *asked]
 
 
 class Bench:

@@ -61,6 +61,8 @@ class Calibrated(Store):
     that are asked again answer anew from a later step on; `wanted` (bool [B,Hq]) are those that want to be, with the
     queries `asking` [B,Hq,1,D]."""
 
+    counts = frozenset({"recalled_by"})
+
     def __init__(
         self,
         order: int,
@@ -71,9 +73,11 @@ class Calibrated(Store):
         summary: int,
         heads: HeadGroup,
         late: int = 0,
+        refresh: str = "device",
     ):
         self.order, self.recompute, self.apply, self.decide, self.heads = order, recompute, apply, decide, heads
-        self.late_heads = late
+        self.late_heads, self.where = late, refresh
+        self.recalled_by = ""
         self.log = HostLog() if offload else None
         self.summary = Summary(summary) if summary else None
         self.q: Tensor | None = None
@@ -189,9 +193,12 @@ class Calibrated(Store):
         pairs = there.flatten().nonzero().flatten()
         q = qs.q.reshape(B * H, Hq // H, 1, -1)[pairs]  # [P,G,1,D]
         first = self.log.segments[0].data
-        if self.log.device.type == "cpu" and qs.softcap is None and cpu.recalls(first["k"], first["v"]):
-            said = cpu.recall(q[:, :, 0], qs.scale, self.log.lists(pairs, "k", "v"))
-            return Coming(qs, asked, pairs, Answer(*said))
+        on_host = self.where == "host" or self.log.device.type == "cpu"
+        if on_host and qs.softcap is None and cpu.recalls(first["k"], first["v"]):
+            self.recalled_by = "the host's kernel"
+            said = cpu.recall(q[:, :, 0].cpu(), qs.scale, self.log.lists(pairs.cpu(), "k", "v"))
+            return Coming(qs, asked, pairs, Answer(*(x.to(q.device) for x in said)))
+        self.recalled_by = "torch"
         sub = Queries(q, qs.pos[pairs // H], qs.scale, qs.softcap)
         answer = None
         for chunk in self.log.fetch(there):
@@ -274,7 +281,8 @@ class Calibrated(Store):
         n = sum(s.longest for s in self.log.segments) if self.log is not None else 0
         where = f"{n} on the host" if self.log is not None else "freed"
         summary = f", {self.summary.size} summary tokens" if self.summary is not None else ""
-        return f"remembered by order {self.order} ({where}){summary}"
+        by = f", asked again by {self.recalled_by}" if self.recalled_by else ""
+        return f"remembered by order {self.order} ({where}{by}){summary}"
 
 
 def _tokens(chunk: Chunk) -> Tokens:
@@ -294,6 +302,7 @@ def calidrop(
     offload: bool = True,
     summary: int = 0,
     late: int = 0,
+    refresh: str = "device",
 ) -> Rest:
     """CaliDrop (Su et al., arXiv 2507.19906, sec. 3): evicted tokens keep answering through what they told a nearby
     query; when the query drifts, they are asked again.
@@ -308,10 +317,12 @@ def calidrop(
     late: 0 recomputes within the step, which waits for the host. n: of each row and layer the n kv heads that drifted
     furthest are recomputed after the step and answer anew from the next one on; on a GPU beside the following steps,
     from the first on that finds the answer there: no step waits, and what a step sees depends on the speed of the bus.
+    refresh: where evicted tokens are asked again: on the "device", which they are sent to, or on the "host", where they
+    lie and only queries and answers cross the bus (where the kernel for CPUs can; `describe()` says who did).
 
-    Deviations from the paper: order 1, summary and late are ours; cosines are of rotated queries (the paper does not
-    say); tokens evicted while decoding join the remembered answer exactly; a block of queries (a second prompt) is
-    answered exactly from the host.
+    Deviations from the paper: order 1, summary, late and the host's answers are ours; cosines are of rotated queries
+    (the paper does not say); tokens evicted while decoding join the remembered answer exactly; a block of queries (a
+    second prompt) is answered exactly from the host.
     """
     check_choice("calidrop: order", order, (0, 1))
     check_number("calidrop: recompute", recompute, -2.0, 2.0)
@@ -321,10 +332,19 @@ def calidrop(
     check_choice("calidrop: offload", offload, (True, False))
     check_int("calidrop: summary", summary, 0)
     check_int("calidrop: late", late, 0)
+    check_choice("calidrop: refresh", refresh, ("device", "host"))
 
     def make(layer: Layer) -> Store:
         return Calibrated(
-            order, recompute, recompute if apply is None else apply, decide, offload, summary, layer.heads, late
+            order,
+            recompute,
+            recompute if apply is None else apply,
+            decide,
+            offload,
+            summary,
+            layer.heads,
+            late,
+            refresh,
         )
 
     return Rest(make, observe=32 if summary else 1)
