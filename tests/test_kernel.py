@@ -22,10 +22,9 @@ from helpers import live, random_qkv, run
 pytestmark = pytest.mark.skipif(cpu.kernel().reason.startswith("no C++ compiler"), reason=cpu.kernel().reason)
 
 
-CPUINFO = Path("/proc/cpuinfo")
-ONLY_VNNI = pytest.mark.skipif(
-    not CPUINFO.exists() or "avx512_vnni" not in CPUINFO.read_text(), reason="what AMX rests on is not there"
-)
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+ONLY_VNNI = pytest.mark.skipif("avx512_vnni" not in CPUINFO, reason="what AMX rests on is not there")
+ONLY_AMX = pytest.mark.skipif("amx_int8" not in CPUINFO, reason="native is the same without AMX")
 ONLY_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
 compiled = functools.cache(lambda flags: cpu.Kernel(*flags))
 
@@ -114,7 +113,7 @@ CODED = [
 # as it is compiled for this machine, without its AMX and its VNNI path, and for machines with AVX2
 VARIANTS = [
     pytest.param((), id="native"),
-    pytest.param(("-DCALIDROP_NO_AMX",), id="no amx"),
+    pytest.param(("-DCALIDROP_NO_AMX",), id="no amx", marks=[ONLY_AMX]),
     pytest.param(("-DCALIDROP_PORTABLE",), id="portable"),
     pytest.param(("-march=x86-64-v3",), id="avx2", marks=[pytest.mark.slow, ONLY_X86]),
 ]
