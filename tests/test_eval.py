@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import lzma
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from calidrop.eval.sample import Sample
 from calidrop.eval.subject import groups
 from calidrop.eval.tasks import TASKS
 from calidrop.eval.workers import How, here
+from calidrop.eval_cli import progress
 from calidrop.models import load
 from calidrop.plugin import using
 from words import byte_model
@@ -438,3 +440,18 @@ def test_command_errors(folder, args, message, tmp_path, monkeypatch):
     assert message in result.stderr
     assert result.stderr.strip().count("\n") == 0
     assert not (tmp_path / "r").exists()
+
+
+def test_the_time_that_is_left_is_that_of_the_run(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("calidrop.eval_cli.time", SimpleNamespace(monotonic=lambda: now))
+    with progress() as tick:
+        for total in (4, 3):
+            for done in range(1, total + 1):
+                now += 60.0
+                tick("cell", done, total)
+    said = [line.split(" min left")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        *("1 of 4 rows, 3.0", "2 of 4 rows, 2.0", "3 of 4 rows, 1.0", "4 of 4 rows, 0.0"),
+        *("1 of 3 rows, 2.0", "2 of 3 rows, 1.0", "3 of 3 rows, 0.0"),
+    ]

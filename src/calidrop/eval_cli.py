@@ -159,22 +159,24 @@ def _dump(ask: Any, file: Path, make: Callable[..., list]) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line now and then, with the time that is left."""
+    """A bar on a terminal; elsewhere a line now and then, with the time that is left of this run (of several one
+    behind the other, where what is done falls)."""
     console = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    started, told = time.monotonic(), 0.0
-    first: int | None = None
+    started = told = ticked = time.monotonic()
+    first = last = -1
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting")
 
         def tick(what: str, done: int, total: int) -> None:
-            nonlocal told, first
-            first = done - 1 if first is None else first
+            nonlocal started, told, ticked, first, last
+            if last < 0 or done <= last:
+                first, started = done - 1, ticked
+            last, ticked = done, time.monotonic()
             bar.update(task, completed=done, total=total, description=escape(what))
-            spent = time.monotonic() - started
-            if not console.is_terminal and (spent - told > 10 or done == total):
-                told = spent
-                rest = spent / (done - first) * (total - done)
+            if not console.is_terminal and (ticked - told > 10 or done == total):
+                told = ticked
+                rest = (ticked - started) / (done - first) * (total - done)
                 console.print(
                     f"{done} of {total} rows, {rest / 60:.1f} min left: {what}", markup=False, highlight=False
                 )
