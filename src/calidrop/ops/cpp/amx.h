@@ -49,16 +49,8 @@ struct Fixed {
   }
   // row r becomes x[0..n), the rest of it 0
   void set(int r, const float* x, int n) {
-    V most = {}, total = {};
-    for (int i = 0; i < n; i += 16) {
-      const V y = head(x + i, n - i), size = y < V{} ? -y : y;
-      most = size > most ? size : most;
-      total += y * 0.0f;  // NaN where any is not finite
-    }
-    const float largest = _mm512_reduce_max_ps((__m512)most), bad = sum(total);
-    // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
-    const float inverse = largest > 1e-30f && bad == 0.0f ? 32512.0f / largest : 0.0f;
-    step[r] = inverse == 0.0f ? bad : largest / 32512.0f;
+    step[r] = vnni::step_of(x, n);
+    const float inverse = step[r] > 0.0f ? 1.0f / step[r] : 0.0f;
     int8_t *h = lines[r * width].of, *l = lines[(8 + r) * width].of;
     V rest = {};
     for (int i = 0; i < 64 * width; i += 16) {

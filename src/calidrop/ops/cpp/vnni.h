@@ -19,6 +19,20 @@ struct alignas(64) Line {
   int16_t of[32];
 };
 
+// the step in which n numbers become whole ones of 16 bits: 0 where all are next to nothing, NaN where any is not finite
+inline float step_of(const float* x, int n) {
+  V most = {}, total = {};
+  for (int i = 0; i < n; i += 16) {
+    const V y = head(x + i, n - i), size = y < V{} ? -y : y;
+    most = size > most ? size : most;
+    total += y * 0.0f;  // NaN where any is not finite
+  }
+  const float largest = _mm512_reduce_max_ps((__m512)most);
+  if (_mm512_cmp_ps_mask((__m512)total, (__m512)total, _CMP_UNORD_Q)) return NAN;
+  // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
+  return largest > 1e-30f ? largest / MOST : 0.0f;
+}
+
 // rows of numbers as whole numbers of 16 bits, the step between them, and what rounding took from the sum of a row
 struct Words {
   std::vector<Line> lines;
@@ -32,18 +46,8 @@ struct Words {
   // row r becomes x[0..n), rows of x a number of floats apart; the rest of it 0
   void set(const float* x, int64_t apart, int n) {
     const int rows = static_cast<int>(step.size());
-    for (int r = 0; r < rows; ++r) {  // rows are independent: what one waits for, another computes
-      V most = {}, total = {};
-      for (int i = 0; i < n; i += 16) {
-        const V y = head(x + r * apart + i, n - i), size = y < V{} ? -y : y;
-        most = size > most ? size : most;
-        total += y * 0.0f;  // NaN where any is not finite
-      }
-      const bool bad = _mm512_cmp_ps_mask((__m512)total, (__m512)total, _CMP_UNORD_Q) != 0;
-      // below 1e-30 the inverse would overflow; such weights are next to ones of about 1
-      const float largest = _mm512_reduce_max_ps((__m512)most);
-      step[r] = bad ? NAN : largest > 1e-30f ? largest / MOST : 0.0f;
-    }
+    // rows are independent: what one waits for, another computes
+    for (int r = 0; r < rows; ++r) step[r] = step_of(x + r * apart, n);
     for (int r = 0; r < rows; ++r) {
       const bool none = !(step[r] > 0.0f);  // all 0 where any is not finite
       const float inverse = none ? 0.0f : 1.0f / step[r];
