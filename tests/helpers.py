@@ -6,16 +6,20 @@ import atexit
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from calidrop.holding import places
 from calidrop.layer import LayerKV
 from calidrop.methods import _predictor
+from calidrop.ops import cpu, gpu
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
 from calidrop.plugin import PositionMask
@@ -25,6 +29,21 @@ from calidrop.tokens import Tokens
 
 QKV = tuple[Tensor, Tensor, Tensor]
 ALICE = resources.files("calidrop") / "data" / "alice.txt"  # no default was chosen on it
+
+
+@contextmanager
+def kernels(monkeypatch: pytest.MonkeyPatch, wish: str) -> Iterator[None]:
+    """Under CALIDROP_KERNEL, whichever kernels were looked for before."""
+    looked_for = (gpu.reason, cpu.kernel)
+    with monkeypatch.context() as patch:
+        patch.setenv("CALIDROP_KERNEL", wish)
+        for found in looked_for:
+            found.cache_clear()
+        try:
+            yield
+        finally:
+            for found in looked_for:
+                found.cache_clear()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from calidrop import steady
 from calidrop.cache import KVCache
 from calidrop.plugin import using
+from helpers import kernels
 from tape import tape
 from tiny import batch, generate, tiny, worst
 
@@ -47,8 +49,8 @@ RECORDED = {
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
-    if DEVICE == "cpu":
-        monkeypatch.setenv("CALIDROP_KERNEL", "torch")  # the C++ kernel is not on the tape
+    with kernels(monkeypatch, "torch") if DEVICE == "cpu" else nullcontext():  # the C++ kernel is not on the tape
+        yield
 
 
 @pytest.fixture(scope="module")
