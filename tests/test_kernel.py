@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def use(flags: tuple[str, ...], monkeypatch) -> None:
         other = compiled(flags)
         assert not other.reason
         monkeypatch.setattr(cpu, "kernel", lambda: other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++-9", "g++-10", "g++-11", "clang++"])
+def test_other_compilers(compiler, monkeypatch):
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    monkeypatch.setenv("CXX", compiler)
+    own = cpu.Kernel()
+    assert not own.reason
+    monkeypatch.setattr(cpu, "kernel", lambda: own)
+    for dtype in cpu.DTYPES:
+        test_exact(64, 65, dtype)
+    test_codes((), "int4(residual=5)", 64, monkeypatch)
 
 
 @pytest.mark.parametrize("D", [64, 128])

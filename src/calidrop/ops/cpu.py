@@ -96,7 +96,7 @@ def _built(flags: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
             made = Path(temporary) / name
             # not linked with a runtime of its own: two of them in one process fight for the cores
-            compile = functools.partial(_compiled, compiler, ("-c", "-fopenmp", *flags), Path(temporary))
+            compile = functools.partial(_compiled, compiler, ("-c", *flags), Path(temporary))
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(compile, sources))
             command = [compiler, "-shared", *objects, "-o", str(made)]

@@ -1,5 +1,6 @@
 // The last key that is like each key, looked for from the end. The oracle is calidrop.ops.alike.in_torch. Most keys find
 // one soon, and those that are left move together, so that tiles of products stay full.
+#include "threads.h"
 #include "tiles.h"
 
 namespace {
@@ -60,13 +61,8 @@ void look(const float* k, int64_t N, int D, float limit, bool later, int64_t fir
 extern "C" void calidrop_alike(const float* k, int64_t heads, int64_t N, int32_t D, float limit, int32_t later, int64_t* out,
                                int32_t threads) {
   const int64_t parts = (N + PART - 1) / PART;
-#pragma omp parallel num_threads(threads)
-  {
-    Look w(D);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < heads * parts; ++task) {
-      const int64_t h = task / parts, first = task % parts * PART;
-      look(k + h * N * D, N, D, limit, later, first, std::min<int64_t>(first + PART, N), w, out + h * N);
-    }
-  }
+  each(heads * parts, threads, [&] { return Look(D); }, [&](int64_t task, Look& w) {
+    const int64_t h = task / parts, first = task % parts * PART;
+    look(k + h * N * D, N, D, limit, later, first, std::min<int64_t>(first + PART, N), w, out + h * N);
+  });
 }

@@ -1,6 +1,7 @@
 // Softmax weights of many queries summed per token: the column sums of an attention matrix that is never held. The
 // oracle is calidrop.ops.mass_in_torch. A block of keys, laid out by channels, stays in the first cache while the
 // queries stream past it; of few queries the keys are read as they lie.
+#include "threads.h"
 #include "tiles.h"
 
 namespace {
@@ -38,36 +39,38 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
   const int64_t R = c.G * c.W, blocks = (c.N + BLOCK - 1) / BLOCK;
   std::vector<std::vector<int32_t>> last;
   for (int64_t b = 0; b < c.B; ++b) last.push_back(latest(c.at + b * c.W, c.G, c.W));
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> laid(R < FEW ? 0 : static_cast<size_t>(BLOCK) * c.D, 0.0f), s(std::max<int>(ROWS, FEW) * BLOCK);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < c.B * c.H * blocks; ++task) {
-      const int64_t bh = task / blocks, b = bh / c.H, from = task % blocks * BLOCK;
-      const Block x(at_head(c.k, b, bh % c.H), c.k.slot, at_head(c.pos, b, bh % c.H), c.pos.slot, from, c.N);
-      const float *q = c.q + bh * R * c.D, *lse = c.lse + bh * R;
-      const int32_t* at = c.at + b * c.W;
-      V total[BLOCK / 16] = {};
-      const auto weights = [&](int64_t row, const float* scores) {
-        const int32_t mine = at[row % c.W];
-        if (x.first <= mine) weigh(c, x, scores, mine, lse[row] == NONE ? 0.0f : lse[row], total);
-      };
-      if (R < FEW) {
-        dots_of<F>(c.D, x.k, c.k.slot, q, s.data(), x.n, static_cast<int>(R));
-        for (int64_t r = 0; r < R; ++r) weights(r, s.data() + r * BLOCK);
-      } else {
-        lay<F>(x.k, x.n, c.k.slot, c.D, laid.data());
-        for (int64_t r = 0; r < R; r += ROWS) {
-          if (last[b][r / ROWS] < x.first) continue;
-          const int rows = static_cast<int>(std::min<int64_t>(ROWS, R - r));
-          products(rows, q + r * c.D, c.D, laid.data(), s.data(), BLOCK);
-          for (int i = 0; i < rows; ++i) weights(r + i, s.data() + i * BLOCK);
-        }
+  struct Scratch {
+    std::vector<float> laid, s;
+  };
+  const auto scratch = [&] {
+    const size_t all = R < FEW ? 0 : static_cast<size_t>(BLOCK) * c.D;
+    return Scratch{std::vector<float>(all, 0.0f), std::vector<float>(std::max<int>(ROWS, FEW) * BLOCK)};
+  };
+  each(c.B * c.H * blocks, threads, scratch, [&](int64_t task, Scratch& w) {
+    const int64_t bh = task / blocks, b = bh / c.H, from = task % blocks * BLOCK;
+    const Block x(at_head(c.k, b, bh % c.H), c.k.slot, at_head(c.pos, b, bh % c.H), c.pos.slot, from, c.N);
+    const float *q = c.q + bh * R * c.D, *lse = c.lse + bh * R;
+    const int32_t* at = c.at + b * c.W;
+    V total[BLOCK / 16] = {};
+    const auto weights = [&](int64_t row, const float* scores) {
+      const int32_t mine = at[row % c.W];
+      if (x.first <= mine) weigh(c, x, scores, mine, lse[row] == NONE ? 0.0f : lse[row], total);
+    };
+    if (R < FEW) {
+      dots_of<F>(c.D, x.k, c.k.slot, q, w.s.data(), x.n, static_cast<int>(R));
+      for (int64_t r = 0; r < R; ++r) weights(r, w.s.data() + r * BLOCK);
+    } else {
+      lay<F>(x.k, x.n, c.k.slot, c.D, w.laid.data());
+      for (int64_t r = 0; r < R; r += ROWS) {
+        if (last[b][r / ROWS] < x.first) continue;
+        const int rows = static_cast<int>(std::min<int64_t>(ROWS, R - r));
+        products(rows, q + r * c.D, c.D, w.laid.data(), w.s.data(), BLOCK);
+        for (int i = 0; i < rows; ++i) weights(r + i, w.s.data() + i * BLOCK);
       }
-      const V mean = splat(1.0f / static_cast<float>(c.G));
-      for (int t = 0; t < x.n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
     }
-  }
+    const V mean = splat(1.0f / static_cast<float>(c.G));
+    for (int t = 0; t < x.n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
+  });
 }
 
 }  // namespace

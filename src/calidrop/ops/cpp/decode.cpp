@@ -1,9 +1,10 @@
 // Decode attention on a CPU: a few queries per kv head over any number of pieces of cache, joined by their log-sum-exp
 // in one call. The oracle is calidrop.attention (attend, merge) on the decoded tokens. Portable C++17 with GCC/Clang
-// vector types, which become AVX-512, AVX2 or NEON; OpenMP where the caller's process has a runtime.
+// vector types, which become AVX-512, AVX2 or NEON.
 #include "amx.h"
 #include "array.h"
 #include "rows.h"
+#include "threads.h"
 #include "vnni.h"
 
 namespace {
@@ -467,42 +468,37 @@ extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, 
   int64_t splits = heads % threads == 0 && heads >= threads ? 1 : (4 * threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, longest / 256));
   std::vector<Answer> answers(heads * splits, Answer(R, Dv, mean ? D : 0));
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch w(c, D);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < heads * splits; ++task) {
-      const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;
-      Answer& mine = answers[task];
-      const int64_t first = slots[bh] * part / splits, last = slots[bh] * (part + 1) / splits;
-      int64_t at = 0;  // tokens of the pieces before
-      for (int p = 0; p < count; ++p) {
-        const Piece& x = pieces[p];
-        if (x.kind == ANSWERED) {
-          if (part == 0)
-            for (int r = 0; r < R; ++r) {
-              const int64_t i = bh * R + r;
-              const float m = load<float>(x.v.p + 4 * i);
-              if (x.k.p)
-                mine.join(r, m, 1.0f, reinterpret_cast<const float*>(x.k.p) + i * Dv, nullptr);
-              else
-                mine.join(r, m, 1.0f, std::vector<float>(Dv, 0.0f).data(), nullptr);
-            }
-          continue;
-        }
-        const int64_t n = x.lens ? x.lens[bh] : x.slots;
-        // a unit belongs to the task in which it begins
-        auto begin = [&](int64_t token) {
-          return std::max<int64_t>(0, std::min(n, (token - at + x.group - 1) / x.group));
-        };
-        const int64_t from = first <= at ? 0 : begin(first), to = last <= at ? 0 : begin(last);
-        at += n * x.group;
-        if (from >= to) continue;
-        run(c, x, Place{b, h, x.lens ? starts[p * heads + bh] : 0}, from, to, w);
-        for (int r = 0; r < R; ++r) mine.join(r, w.part);
+  each(heads * splits, threads, [&] { return Scratch(c, D); }, [&](int64_t task, Scratch& w) {
+    const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;
+    Answer& mine = answers[task];
+    const int64_t first = slots[bh] * part / splits, last = slots[bh] * (part + 1) / splits;
+    int64_t at = 0;  // tokens of the pieces before
+    for (int p = 0; p < count; ++p) {
+      const Piece& x = pieces[p];
+      if (x.kind == ANSWERED) {
+        if (part == 0)
+          for (int r = 0; r < R; ++r) {
+            const int64_t i = bh * R + r;
+            const float m = load<float>(x.v.p + 4 * i);
+            if (x.k.p)
+              mine.join(r, m, 1.0f, reinterpret_cast<const float*>(x.k.p) + i * Dv, nullptr);
+            else
+              mine.join(r, m, 1.0f, std::vector<float>(Dv, 0.0f).data(), nullptr);
+          }
+        continue;
       }
+      const int64_t n = x.lens ? x.lens[bh] : x.slots;
+      // a unit belongs to the task in which it begins
+      auto begin = [&](int64_t token) {
+        return std::max<int64_t>(0, std::min(n, (token - at + x.group - 1) / x.group));
+      };
+      const int64_t from = first <= at ? 0 : begin(first), to = last <= at ? 0 : begin(last);
+      at += n * x.group;
+      if (from >= to) continue;
+      run(c, x, Place{b, h, x.lens ? starts[p * heads + bh] : 0}, from, to, w);
+      for (int r = 0; r < R; ++r) mine.join(r, w.part);
     }
-  }
+  });
   for (int64_t bh = 0; bh < heads; ++bh) {
     Answer& a = answers[bh * splits];
     for (int64_t i = 1; i < splits; ++i)

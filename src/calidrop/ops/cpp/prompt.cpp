@@ -1,6 +1,7 @@
 // Causal attention of a prompt over itself that says, beside the answer, what every token got in all: the column sums.
 // A few queries are attended at a time, with all of their scores held, so that each weight is known when it is summed
 // and no product is made twice. The oracles are calidrop.attention.attend and calidrop.ops.mass_in_torch.
+#include "threads.h"
 #include "tiles.h"
 
 namespace {
@@ -153,18 +154,20 @@ template <class F> void prompt(const Prompt& c, int threads) {
   std::vector<float> laid(static_cast<size_t>(count) * BLOCK * c.D, 0.0f);
   std::vector<Block> keys;
   std::vector<Worker<F>> workers(threads, Worker<F>(c));
+  const auto none = [] { return 0; };
   const int64_t queries = workers[0].tall / c.G, tiles = (c.W + queries - 1) / queries;
   for (int64_t bh = 0; bh < c.B * c.H; ++bh) {
     const int64_t b = bh / c.H, h = bh % c.H;
     keys.clear();
     for (int64_t i = 0; i < count; ++i)
       keys.emplace_back(at_head(c.k, b, h), c.k.slot, at_head(c.pos, b, h), c.pos.slot, i * BLOCK, c.N);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) lay<F>(keys[i].k, keys[i].n, c.k.slot, c.D, laid.data() + i * BLOCK * c.D);
+    each(count, threads, none, [&](int64_t i, int) {
+      lay<F>(keys[i].k, keys[i].n, c.k.slot, c.D, laid.data() + i * BLOCK * c.D);
+    });
     // each worker has tiles of its own, so that sums come out the same every time
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int worker = 0; worker < threads; ++worker)
+    each(threads, threads, none, [&](int64_t worker, int) {
       for (int64_t i = worker; i < tiles; i += threads) workers[worker].tile(b, h, i * queries, keys, laid.data());
+    });
     for (int64_t i = 0; i < c.N; ++i) {
       float total = 0.0f;
       for (Worker<F>& w : workers) total += w.sums[i], w.sums[i] = 0.0f;

@@ -8,6 +8,8 @@
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -101,10 +103,22 @@ inline V exp(V x) {
 #endif
 }
 
+// a half in bits, as a float: scaling moves the exponent, of numbers below the normal ones too. In integers and floats,
+// since many compilers have no half in C++ (g++ before 12, on ARM before 13; clang on x86 before 15)
 inline float half(uint16_t h) {
-  _Float16 x;
-  std::memcpy(&x, &h, 2);
-  return static_cast<float>(x);
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  uint32_t bits = (h & 0x7fffu) << 13;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  x *= 0x1p112f;
+  std::memcpy(&bits, &x, 4);
+  if ((h & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;  // infinite, or no number
+  bits |= (h & 0x8000u) << 16;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
 }
 
 template <class T> inline T load(const void* p) {
@@ -153,9 +167,19 @@ inline V of_halves(const void* p) {
     std::memcpy(reinterpret_cast<char*>(&x) + 32 * i, &y, 32);
   }
   return x;
-#else
-  typedef _Float16 T __attribute__((vector_size(32), aligned(2)));
-  return __builtin_convertvector(load<T>(p), V);
+#elif defined(__ARM_NEON)
+  V x;
+  for (int i = 0; i < 4; ++i) {
+    const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(p) + 4 * i)));
+    std::memcpy(reinterpret_cast<char*>(&x) + 16 * i, &y, 16);
+  }
+  return x;
+#else  // as `half`
+  using U = Lanes<16>::U;
+  const U h = __builtin_convertvector(load<Lanes<16>::H>(p), U);
+  const V x = (V)((h & 0x7fffu) << 13) * splat(0x1p112f);
+  const U beyond = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (V)((U)x | beyond | (h & 0x8000u) << 16);
 #endif
 }
 

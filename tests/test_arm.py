@@ -1,0 +1,139 @@
+"""The kernels for CPUs on ARM: cross-compiled, and every call that tests make of them runs in an emulated process."""
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+import test_kernel
+from calidrop.ops import cpu
+from test_kernel import (  # noqa: F401 (collected here once more)
+    test_heads_of_unequal_length,
+    test_only_a_view_of_a_buffer,
+    test_several_sets_empty_slots_and_answers,
+    test_what_is_no_number_stays_none,
+)
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+FUNCTIONS = ("decode", "columns", "prompt", "alike")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"{COMPILER} or {EMULATOR} is not there"
+    ),
+]
+
+
+class OnArm:
+    """In the place of cpu.Kernel. Memory is what tensors' pointers were asked for since the last call."""
+
+    reason = ""
+
+    def __init__(self, program: Path, folder: Path, asked: list[torch.UntypedStorage]) -> None:
+        self.program, self.folder, self.asked, self.calls = program, folder, asked, 0
+        for i, name in enumerate(FUNCTIONS):
+            setattr(self, name, partial(self._call, i))
+
+    def _call(self, function: int, *given: object) -> None:
+        ranges = {x.data_ptr(): x.nbytes() for x in self.asked if x.nbytes()}
+        words = []
+        for x in given:
+            if isinstance(x, cpu._Array):
+                words.append(bytes(x))
+            elif isinstance(x, ctypes.Array):
+                ranges[ctypes.addressof(x)] = ctypes.sizeof(x)
+                words.append(struct.pack("<q", ctypes.addressof(x)))
+            else:
+                words.append(struct.pack("<d" if isinstance(x, float) else "<q", x or 0))
+        told = b"".join(words)
+        head = struct.pack("<3q", len(ranges), len(told) // 8, function)
+        head += b"".join(struct.pack("<2q", *x) for x in ranges.items()) + told
+        file = self.folder / "call"
+        file.write_bytes(head + b"".join(ctypes.string_at(*x) for x in ranges.items()))
+        subprocess.run([EMULATOR, str(self.program), str(file)], check=True)
+        left = file.read_bytes()[len(head) :]
+        for at, size in ranges.items():
+            ctypes.memmove(at, left, size)
+            left = left[size:]
+        self.calls += 1
+        self.asked.clear()
+
+
+# what every such machine has, and what most of today's have
+@pytest.fixture(scope="module", params=["armv8-a", "armv8.4-a+sve"])
+def program(request, tmp_path_factory, worker_id):
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # that workers share: it takes a minute
+    to = folder / request.param
+    with FileLock(folder / f"{request.param}.lock"):
+        if not to.exists():
+            sources = [*sorted(cpu.SOURCES.glob("*.cpp")), Path(__file__).with_name("on_arm.cpp")]
+            flags = [x for x in cpu.FLAGS if x not in ("-march=native", "-shared", "-fPIC")]
+            command = [COMPILER, *flags, f"-march={request.param}", "-static", *sources, "-fopenmp", "-o", to]
+            subprocess.run(command, check=True)
+    return to
+
+
+@pytest.fixture(autouse=True)
+def on_arm(program, tmp_path, monkeypatch):
+    asked: list[torch.UntypedStorage] = []
+    pointer = torch.Tensor.data_ptr
+
+    def data_ptr(x: torch.Tensor) -> int:
+        asked.append(x.untyped_storage())
+        return pointer(x)
+
+    kernel = OnArm(program, tmp_path, asked)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+    monkeypatch.setattr(cpu, "kernel", lambda: kernel)
+    yield
+    assert kernel.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", sorted(cpu.HEAD_DIMS))
+def test_exact(D, dtype):
+    test_kernel.test_exact(D, 65, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads(threads):
+    test_kernel.test_any_number_of_threads(threads, 1)
+
+
+@pytest.mark.parametrize("recipe", test_kernel.CODED)
+def test_codes(recipe, monkeypatch):
+    test_kernel.test_codes((), recipe, 64, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "D"), [("int8(residual=5)", 32), ("int4(residual=5)", 256), ("int8(residual=5)", 96)]
+)
+def test_codes_of_other_head_dims(recipe, D, monkeypatch):
+    test_kernel.test_codes_for_any_number_of_queries_and_channels((), recipe, D, 7, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("D", "W", "dtype"), [(64, 130, torch.float32), (80, 5, torch.bfloat16), (128, 7, torch.float16)]
+)
+def test_column_sums(D, W, dtype, monkeypatch):
+    test_kernel.test_column_sums((), 5.0, D, W, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("G", "D", "Dv", "W", "dtype"), [(3, 64, 64, 200, torch.float32), (7, 128, 32, 9, torch.float16)]
+)
+def test_a_prompt(G, D, Dv, W, dtype, monkeypatch):
+    test_kernel.test_a_prompt_with_its_column_sums((), None, G, D, Dv, W, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_last_key_that_is_alike(later, monkeypatch):
+    test_kernel.test_the_last_key_that_is_alike((), 611, 128, later, monkeypatch)
