@@ -244,7 +244,9 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
 
 def _array(x: Tensor) -> _Array:
     """x: [row, head, slot, ...]."""
-    return _Array(x.data_ptr(), *(n * x.element_size() for n in x.stride()[:3]))
+    size = x.element_size()
+    row, head, slot = x.stride()[:3]
+    return _Array(x.data_ptr(), row * size, head * size, slot * size)
 
 
 def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> _Piece:
