@@ -1,6 +1,7 @@
 """The seam to transformers: what generate() can do, it does with our cache, and gives the same."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -152,6 +153,26 @@ def test_plain_second_turn_after_speculative_decoding(llama):
     assert torch.equal(out[0][0], out[1][0])
     assert worst(out[0][2], out[1][2]) < 2e-4
     assert out[0][3] == out[1][3]  # the second turn was compressed after either
+
+
+def test_speculative_decoding_of_a_second_turn_is_right_or_refused(llama):
+    """Some versions of transformers give a cache that is not empty the whole conversation once more."""
+    ids, more = batch(1, 61, (0,))["input_ids"], batch(1, 50, (0,), seed=2)["input_ids"]
+    plain, cache = (calidrop.KVCache(llama, "full") for _ in range(2))
+    for used in (plain, cache):
+        generate(llama, {"input_ids": ids}, used, new=1)
+    inputs = {"input_ids": torch.cat([ids, more], 1)}
+    want, _ = generate(llama, inputs, plain, new=8)
+    stock, fed = copy.deepcopy(llama), DynamicCache(config=llama.config)
+    stock.set_attn_implementation("sdpa")
+    generate(stock, {"input_ids": ids}, fed, new=1)
+    generate(stock, inputs, fed, new=8, prompt_lookup_num_tokens=4, output_logits=False)
+    twice = fed.get_seq_length() > 119
+    with pytest.raises(ValueError, match=r"has 61 tokens.* all 111 ") if twice else nullcontext():
+        got, _ = generate(llama, inputs, cache, new=8, prompt_lookup_num_tokens=4, output_logits=False)
+    if twice:
+        got, _ = generate(llama, inputs, cache, new=8)  # nothing is lost
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -73,6 +73,7 @@ class LayerKV(CacheLayerMixin):
         self.soft_columns = 0  # how many of the next columns are soft tokens that look at a prompt (`soft.py`)
         self.record_past = False
         self.assisted = False  # while recording: whether assisted decoding asked for it
+        self.seen_before = 0  # columns, when recording began
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
@@ -107,7 +108,7 @@ class LayerKV(CacheLayerMixin):
         """Assisted decoding: what comes after the prompt may be partly undone by `crop`."""
         self.loosen()
         self.prompt_end = self.state.seen if prompt_end is None else prompt_end
-        self.record_past, self.assisted = True, prompt_end is not None
+        self.record_past, self.assisted, self.seen_before = True, prompt_end is not None, self.state.seen
 
     def keep_recording(self, prompt: bool, assisted: bool) -> None:
         """Ends it where something else goes on with the cache: nothing tells when assisted decoding is over."""
@@ -161,6 +162,7 @@ class LayerKV(CacheLayerMixin):
             return self._answer(*at_column(q, k, v, self.column, mask, scale, softcap), sink)
         self.loosen()
         T = k.shape[2] - self.soft_columns
+        self._check_turn(T)
         qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
         self._expect(new)
         soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
@@ -175,6 +177,16 @@ class LayerKV(CacheLayerMixin):
         if self.eager or mask.ends:
             self.settle()
         return o
+
+    def _check_turn(self, new: int) -> None:
+        """Raises ValueError where assisted decoding gives a cache again what it has: some versions of transformers do
+        so with every cache that is not empty, and answer wrong."""
+        first = self.record_past and self.assisted and self.state.seen == self.seen_before
+        if first and self.state.seen and new >= self.prompt_end:
+            raise ValueError(
+                f"the cache has {self.state.seen} tokens, and assisted decoding in this transformers version gives it "
+                f"all {self.prompt_end} of the conversation again: use an empty cache, or generate this turn without it"
+            )
 
     def prompt_part(self, new: int, prompt: bool) -> int:
         """How many of the new columns are a prompt's; the others are generated. prompt: known to be one."""
