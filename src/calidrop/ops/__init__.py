@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.attention import SCORE_BYTES, Partial, Queries, finite, grouped, logits, merge
@@ -48,17 +49,17 @@ def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
     """A block of new queries over itself; t are the tokens of the same columns, perhaps with older ones in front.
 
     reach: how far back a query can see at all, when that is bounded (sliding window): saves the work beyond it."""
-    _, Hq, T, _ = qs.q.shape
-    N = len(t)
-    if qs.visible is None and qs.softcap is None and N == T:
-        rows = [_causal_row(qs, t, b, pad) for b, pad in enumerate(_left_pads(qs))] if not t.dense else None
+    T, N = len(qs), len(t)
+    known = qs.softcap is None and (qs.visible is None or qs.window is not None)
+    if known and (N == T or (qs.window is not None and N <= 2 * T)):  # else most of the first block is for nothing
         if t.dense:
-            group = Hq // t.k.shape[1]
-            out = flash(qs.q, t.k.repeat_interleave(group, 1), t.v.repeat_interleave(group, 1), qs.scale, causal=True)
+            out = _causal(qs.q, t.k, t.v, qs.scale, qs.window)
             if out is not None:
                 return out
-        elif rows is not None and all(row is not None for row in rows):
-            return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])  # type: ignore[misc]
+        else:
+            rows = [_causal_row(qs, t, b, pad) for b, pad in enumerate(_left_pads(t.pos[:, 0]))]
+            if all(row is not None for row in rows):
+                return torch.cat([o for o, _ in rows]), torch.cat([lse for _, lse in rows])  # type: ignore[misc]
     parts = []
     for start in range(0, T, 256):
         stop = min(start + 256, T)
@@ -66,6 +67,44 @@ def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
         seen = t.slice(first, N - T + stop)
         parts.append(oracle(qs.slice(start, stop), seen.k, seen.v, seen.pos))
     return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Partial | None:
+    """Queries of the last T of N columns, none of them a pad: q [B,Hq,T,D], k and v [B,H,N,D]; each sees as many
+    columns as the window says, its own included, or all up to its own (T = N). None where `flash` cannot run.
+
+    Columns are cut into blocks as wide as the window. A query then sees its own block up to itself, and of the block
+    before what is less than a window away: in reverse order that is causal too, without the diagonal."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    old, N = k.shape[2] - q.shape[2], k.shape[2]
+    window = min(window or N, N)
+    if old == 0 and window == N:
+        return flash(q, k, v, scale, causal=True)
+    first, blocks = old // window, -(-N // window)  # first: of the queries
+    asked = slice(old - first * window, N - first * window)
+    q = F.pad(q, (0, 0, asked.start, 0))
+    q, k, v = (F.pad(x, (0, 0, 0, blocks * window - N)).unflatten(2, (-1, window)) for x in (q, k, v))
+    own = _causal_blocks(q, k[:, :, first:], v[:, :, first:], scale)
+    if own is None:
+        return None
+    o, lse = own
+    alone = 1 if first == 0 else 0  # the first of all blocks has none before
+    if window > 1 and blocks - first > alone:
+        before = slice(first + alone - 1, blocks - 1)
+        k, v = (x[:, :, before].flip(3)[..., :-1, :] for x in (k, v))
+        far = _causal_blocks(q[:, :, alone:].flip(3)[..., 1:, :], k, v, scale)
+        assert far is not None
+        both = (slice(None), slice(None), slice(alone, None), slice(window - 1))
+        joined = merge([(o[both], lse[both]), (far[0].flip(3), far[1].flip(3))])
+        o, lse = o.float(), lse.clone()
+        o[both], lse[both] = joined
+    return o.flatten(2, 3)[:, :, asked], lse.flatten(2, 3)[:, :, asked]
+
+
+def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial | None:
+    """Each block by itself: [B,H,blocks,columns,D]."""
+    found = flash(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), scale, causal=True)
+    return None if found is None else (found[0].unflatten(1, q.shape[1:3]), found[1].unflatten(1, q.shape[1:3]))
 
 
 def prompt_with_mass(qs: Queries, t: Tokens) -> tuple[Partial, Tensor | None]:
@@ -76,11 +115,11 @@ def prompt_with_mass(qs: Queries, t: Tokens) -> tuple[Partial, Tensor | None]:
     return prompt(qs, t), None
 
 
-def _left_pads(qs: Queries) -> list[int]:
-    """Pads in front of each row; -1 for a row whose pads are elsewhere."""
-    real = qs.pos >= 0
+def _left_pads(pos: Tensor) -> list[int]:
+    """Pads in front of each row of pos [B,N]; -1 for a row whose pads are elsewhere."""
+    real = pos >= 0
     pads = (~real).sum(1)
-    left = real == (torch.arange(len(qs), device=real.device) >= pads[:, None])
+    left = real == (torch.arange(pos.shape[1], device=real.device) >= pads[:, None])
     return torch.where(left.all(1), pads, -1).tolist()
 
 
@@ -88,16 +127,16 @@ def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
     """One left-padded row without its pads, so that no mask is needed."""
     if pad < 0:
         return None
-    Hq, T = qs.q.shape[1:3]
-    group = Hq // t.k.shape[1]
+    (Hq, T), N = qs.q.shape[1:3], len(t)
     o = qs.q.new_zeros(1, Hq, T, t.v.shape[-1])
     lse = qs.q.new_full((1, Hq, T), float("-inf"), dtype=torch.float32)
-    if pad < T:
-        q, k, v = (x[row : row + 1, :, pad:] for x in (qs.q, t.k, t.v))
-        out = flash(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), qs.scale, causal=True)
+    first = max(0, pad - (N - T))  # query
+    if first < T:
+        q, k, v = qs.q[row : row + 1, :, first:], *(x[row : row + 1, :, pad:] for x in (t.k, t.v))
+        out = _causal(q, k, v, qs.scale, qs.window)
         if out is None:
             return None
-        o[:, :, pad:], lse[:, :, pad:] = out
+        o[:, :, first:], lse[:, :, first:] = out
     return o, lse
 
 

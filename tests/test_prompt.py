@@ -1,0 +1,47 @@
+"""Attention of prompts (ops.prompt) against its oracle, attention.attend."""
+
+import pytest
+import torch
+
+from calidrop import ops
+from calidrop.attention import Queries, attend
+from calidrop.plugin import within
+from calidrop.tokens import Tokens
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (0, 3), (5, 20), (0, 19), (40, 40)])
+@pytest.mark.parametrize(
+    ("N", "T", "window"),
+    [
+        *((20, 20, window) for window in (1, 2, 7, 10, 19, 20, 99)),
+        *((N, T, window) for N, T in ((20, 11), (41, 40), (40, 25)) for window in (1, 5, 7, 10, 30)),
+    ],
+)
+def test_a_sliding_window(N, T, window, pads, monkeypatch):
+    """Two rows with left pads; the last T of N columns ask. No mask is made and no score is computed by `attend`."""
+    monkeypatch.setattr(ops, "oracle", None)
+    B, H, G, D = 2, 2, 3, 16
+    k, v, q = *torch.randn(2, B, H, N, D), torch.randn(B, H * G, T, D)
+    column = torch.arange(N, dtype=torch.int32).expand(B, N).clone()
+    for row, n in enumerate(pads):
+        column[row, :n] = -1
+    t = Tokens(k, v, column[:, None].expand(B, H, N), dense=not any(pads))
+    qs = Queries(q, column[:, N - T :], D**-0.5, None, within(window).visible, window)
+    (o, lse), (want, norm) = ops.prompt(qs, t, window), attend(qs, k, v, t.pos)
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
+
+
+def test_what_is_no_sliding_window_is_answered_with_its_mask():
+    H, N, D = 2, 20, 16
+    k, v, q = torch.randn(3, 1, H, N, D)
+    pos, seven = torch.arange(N)[None], within(7).visible
+    t = Tokens(k, v, pos[:, None].expand(1, H, N), dense=True)
+    for rule in (
+        {"visible": seven, "window": 7, "softcap": 5.0},
+        {"visible": lambda a, b: seven(a, b) & (b[:, :, None] != 3)},
+    ):
+        qs = Queries(q, pos, D**-0.5, **rule)
+        (o, lse), (want, norm) = ops.prompt(qs, t, 7), attend(qs, k, v, t.pos)
+        torch.testing.assert_close(o, want, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
