@@ -25,7 +25,7 @@ def test_every_section_runs(tmp_path):
     assert len(rows["checks"]) > 12 and all(row["passed"] for row in rows["checks"])
     assert {row["format"] for row in rows["bandwidth"]} >= {"copy", "sdpa", "exact", "int4", "kivi4", "fp8"}
     ours = [row for row in rows["decoding"] if "sdpa" not in row["recipe"]]
-    assert len(ours) == 9 and all(row["by"] == ["the Triton kernel"] for row in ours)
+    assert len(ours) == 10 and all(row["by"] == ["the Triton kernel"] for row in ours)
 
 
 def test_a_section_that_breaks_is_reported_and_the_rest_goes_on(tmp_path, capsys):
