@@ -32,6 +32,19 @@ def test_a_sliding_window(N, T, window, pads, monkeypatch):
     torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
 
 
+def test_gradients_go_through_a_sliding_window():
+    k, v, q = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
+    pos = torch.arange(20)[None]
+    t = Tokens(k, v, pos[:, None].expand(1, 2, 20), dense=True)
+    qs = Queries(q, pos, 0.25, None, within(7).visible, 7)
+    got, want = (
+        torch.autograd.grad(answer[0].square().sum(), (q, k, v))
+        for answer in (ops.prompt(qs, t, 7), attend(qs, k, v, t.pos))
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_no_sliding_window_is_answered_with_its_mask():
     H, N, D = 2, 20, 16
     k, v, q = torch.randn(3, 1, H, N, D)

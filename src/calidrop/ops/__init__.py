@@ -80,6 +80,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
     window = min(window or N, N)
     if old == 0 and window == N:
         return flash(q, k, v, scale, causal=True)
+    if any(x.requires_grad for x in (q, k, v)):  # `flash` gives lse none, by which two answers are joined
+        return None
     first, blocks = old // window, -(-N // window)  # first: of the queries
     asked = slice(old - first * window, N - first * window)
     q = F.pad(q, (0, 0, asked.start, 0))
