@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import calidrop
+from calidrop import ops
 from calidrop.attention import Queries, attend
 from calidrop.cli import app
 from calidrop.methods import recalkv
@@ -26,7 +27,7 @@ from calidrop.rope import Rope
 from calidrop.train import _lowrank as lowrank
 from calidrop.train._text import windows
 from calidrop.train.recalkv import train
-from helpers import ALICE, check_holdings
+from helpers import ALICE, check_holdings, kernels
 from tiny import batch, generate, row, tiny, worst
 
 FULL = {"qwen2": "biases", "gemma2": "sliding layers, softcap", "gpt_oss": "yarn, sinks", "mixtral": "groups of heads"}
@@ -207,6 +208,22 @@ def test_answers_as_its_tokens_would(front, behind, files):
         real = sorted(p for p in pos[1, 0].tolist() if p >= 0)
         assert len(set(real)) == len(real)
         assert real[0] >= 13
+
+
+@pytest.mark.parametrize("behind", ["", "+int4"])
+def test_the_triton_kernel_answers_as_torch_does(behind, files, monkeypatch):
+    pytest.importorskip("triton")
+    recipe = f"recalkv({str(files[0.5])!r}){behind}"
+    model, inputs, asked = tiny(), batch(2, 40, (0, 13)), []
+    own = ops.gpu.ask_latents
+    monkeypatch.setattr(ops.gpu, "ask_latents", lambda *given: asked.append(len(given[0])) or own(*given))
+    with kernels(monkeypatch, "triton"):
+        got, logits = generate(model, inputs, calidrop.KVCache(model, recipe), new=4)
+    assert asked
+    with kernels(monkeypatch, "torch"):
+        want, expected = generate(model, inputs, calidrop.KVCache(model, recipe), new=4)
+    assert torch.equal(got, want)
+    assert worst(logits, expected) < 2e-3
 
 
 def test_a_rebuilt_token_codes_to_itself(files):

@@ -20,6 +20,7 @@ from calidrop.methods._latents import Basis
 from calidrop.methods.recalkv import Latents
 from calidrop.observe import Observation
 from calidrop.ops import gpu
+from calidrop.ops.gpu import latents
 from calidrop.quant import pack, quantize
 from calidrop.rope import Rope
 from calidrop.state import Ragged
@@ -247,6 +248,41 @@ def test_keys_from_latents(half, dtype):
     assert (got.float() - want.float()).abs().max() < gap
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("half", "dtype", "group", "T"),
+    [(16, torch.float32, 1, 1), (16, torch.bfloat16, 3, 2), (12, torch.float32, 2, 1), (12, torch.bfloat16, 7, 3)],
+)
+def test_latents_asked_where_keys_are_made(half, dtype, group, T, softcap, dispatched):
+    """As `test_keys_from_latents`; left pads, no numbers in empty slots, a row with nothing, one split and several."""
+    B, H, N, D, rank, values = 3, 4, 70, 32, 21, 37
+    sizes = (2, 2 * D, rank), (H * D, values), H * D, H * D
+    basis = Basis([2, 0, 3, 1], *(torch.randn(s, device=DEVICE) for s in sizes))
+    rope = Rope(10_000.0 ** -(torch.arange(half, device=DEVICE) / half))
+    pos = torch.arange(1000, 1000 + N, device=DEVICE, dtype=torch.int32).repeat(B, 1, 1)
+    pos[1, :, :20], pos[2] = -1, -1
+    room = [torch.randn(B, 1, N + 9, n, device=DEVICE).to(dtype) for n in (2 * rank, values)]
+    for x in room:
+        x[:, :, :N].masked_fill_((pos < 0)[..., None], float("nan"))
+        x[:, :, N:] = float("nan")
+    z, v = (x[:, :, :N] for x in room)
+    qs = queries(B, H * group, T, D, softcap)
+    qs = Queries(0.3 * qs.q.to(dtype), qs.pos, qs.scale, softcap)
+    store = Latents(Exact(), basis, rope, 1.5)
+    store.start, store.dtype = torch.tensor([0, 1013, 0], device=DEVICE), dtype
+    assert gpu.takes_latents(qs, H, values)
+    clean = Tokens(z.nan_to_num(), v.nan_to_num(), pos)
+    keys = (rope.rotate(basis.keys_of(clean.k[:, 0]), pos - store.start[:, None, None]) * 1.5).to(dtype)
+    want, norm = attend(qs, keys, clean.v.expand(-1, H, -1, -1), pos.expand(-1, H, -1))
+    at = (z[:, 0], v[:, 0], pos[:, 0], store.start, basis.keys, basis.key_bias, basis.slots, rope.inv_freq, 1.5)
+    for least in (256, 16):
+        o, lse = latents.attend(qs, *at, least=least)
+        limit = 2e-4 if dtype == torch.float32 else 0.06  # keys are rounded, which the interpreter does downwards
+        assert torch.equal(lse.isinf(), norm.isinf()) and lse[2].isinf().all()
+        assert (lse - norm).nan_to_num(0.0, 0.0, 0.0).abs().max() < limit
+        assert (o - want)[:2].abs().max() < limit and (o[2] == 0).all()
+
+
 @pytest.fixture
 def dispatched(monkeypatch):
     """Triton where the library would take its kernels for CPUs."""
@@ -307,15 +343,15 @@ def test_off_switch(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
-    """To machine code, with no GPU, and without spilling more than a register or two (`_keys`: a table for sines)."""
+    """To machine code, with no GPU, and without spilling more than a register or two (latents: a table for sines)."""
     worker = Path(__file__).with_name("triton_worker.py")
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, worker, str(capability)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
-    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys"}
-    assert all(k["STACK"] <= (64 if k["name"] == "_keys" else 16) for k in kernels)
+    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys", "_asked"}
+    assert all(k["STACK"] <= (64 if k["name"] in ("_keys", "_asked") else 16) for k in kernels)
 
 
 def _templates() -> list[str]:

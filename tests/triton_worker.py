@@ -70,10 +70,11 @@ def everything(dtype: torch.dtype, recipes: list[str]) -> None:
     for bits in (2, 4, 8):
         gpu.rounded(x, bits)
         gpu.rounded(x.unflatten(2, (2, 32)).transpose(-1, -2), bits)
-    weight, order = torch.randn(2, 2 * D, 96), torch.arange(4, dtype=torch.int32)
-    gpu.keys(
-        torch.randn(2, 40, 192).to(dtype), window.pos[:, 0], weight, torch.randn(4 * D), order, torch.randn(48), 1.0
-    )
+    weight, order, bias = torch.randn(2, D, 96), torch.arange(2, dtype=torch.int32), torch.randn(2 * D)
+    z, pos = torch.randn(2, 40, 192).to(dtype), torch.arange(40, dtype=torch.int32).expand(2, 40)
+    for freq in (torch.randn(48), torch.randn(64)):
+        gpu.keys(z, pos, weight, bias, order, freq, 1.0)
+        gpu.ask_latents(qs, z, z, pos, torch.zeros(2, dtype=torch.long), weight, bias, order, freq, 1.0)
 
 
 def main(capability: int) -> None:

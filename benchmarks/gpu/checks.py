@@ -124,7 +124,9 @@ def _others(run: Run) -> Iterator[Check]:
         for bits in (2, 4, 8):
             what = f"rounding {str(dtype)[6:]} to {bits} bits: codes that differ"
             yield what, 0.0, functools.partial(_rounding, run, bits, dtype)
-        yield f"keys from latents {str(dtype)[6:]}", 1e-5 if exact else 1e-2, functools.partial(_keys, run, dtype)
+        for what, asked in (("keys from", False), ("attention over", True)):
+            limit = 1e-5 if exact else 1e-2
+            yield f"{what} latents {str(dtype)[6:]}", limit, functools.partial(_latents, run, dtype, asked)
 
 
 def _mass(run: Run, W: int, dtype: torch.dtype) -> float:
@@ -149,13 +151,22 @@ def _rounding(run: Run, bits: int, dtype: torch.dtype) -> float:
     return wrong
 
 
-def _keys(run: Run, dtype: torch.dtype) -> float:
+def _latents(run: Run, dtype: torch.dtype, asked: bool) -> float:
+    """Keys that are rebuilt, or what is said where they are."""
     device = run.device
-    B, H, N, D, rank = (1, 4, 40, 32, 24) if run.tiny else (2, 8, 1500, 128, 200)
-    weight, *others = (torch.randn(x, device=device) for x in ((2, H // 2 * D, rank), (H * D, 8), H * D, H * D))
+    B, H, N, D, rank, values = (1, 4, 40, 32, 24, 40) if run.tiny else (2, 8, 1500, 128, 200, 512)
+    weight, *others = (torch.randn(x, device=device) for x in ((2, H // 2 * D, rank), (H * D, values), H * D, H * D))
     basis = Basis([*range(1, H), 0], weight * rank**-0.5, *others)
     rope = Rope(10_000.0 ** -(torch.arange(D // 2, device=device) * 2 / D))
     pos = torch.arange(100_000, 100_000 + N, device=device, dtype=torch.int32).expand(B, N)
-    z = torch.randn(B, N, 2 * rank, device=device, dtype=dtype)
+    z, v = (torch.randn(B, N, n, device=device, dtype=dtype) for n in (2 * rank, values))
     want = rope.rotate(basis.keys_of(z), pos[:, None])
-    return relative(gpu.keys(z, pos, basis.keys, basis.key_bias, basis.at, rope.inv_freq, 1.0), want)
+    if not asked:
+        return relative(gpu.keys(z, pos, basis.keys, basis.key_bias, basis.at, rope.inv_freq, 1.0), want)
+    qs = pieces.queries(B, 4 * H, 1, D, dtype, device)
+    start = torch.zeros(B, dtype=torch.long, device=device)
+    at = (z, v, pos, start, basis.keys, basis.key_bias, basis.slots, rope.inv_freq, 1.0)
+    o, lse = gpu.ask_latents(qs, *at)
+    every = pos[:, None].expand(B, H, N)
+    whole, total = attend(qs, want.to(dtype), v[:, None].expand(B, H, N, values), every)
+    return max(relative(o, whole), float((lse - total).abs().max()))

@@ -24,6 +24,7 @@ class Basis:
     def __init__(self, order: list[int], keys: Tensor, values: Tensor, key_bias: Tensor, value_bias: Tensor):
         self.order, self.heads = order, len(order)
         self.at = torch.tensor(order, dtype=torch.int32, device=keys.device)
+        self.slots = self.at.argsort().int()  # where a head is in `order`
         self.keys, self.values, self.key_bias, self.value_bias = keys, values, key_bias, value_bias
         self.key_rank, self.value_rank = keys.shape[0] * keys.shape[2], values.shape[1]
         self.elsewhere: dict[torch.device, Basis] = {}

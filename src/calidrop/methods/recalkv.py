@@ -47,14 +47,16 @@ class Latents(Store):
         return (self.rope.rotate(basis.keys_of(z.k[:, 0]), pos) * self.scaling).to(self.dtype)
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
-        parts = []
+        basis, H, said = self.basis, self.basis.heads, []
         for z in self.inner.tokens():
+            if ops.gpu.takes_latents(qs, H, basis.value_rank):
+                freq, at = self.rope.inv_freq.to(z.k.device), (z.k[:, 0], z.v[:, 0], z.pos[:, 0], self.start)
+                said.append(ops.gpu.ask_latents(qs, *at, basis.keys, basis.key_bias, basis.slots, freq, self.scaling))
+                continue
             for tile in (z.slice(i, i + TILE) for i in range(0, len(z), TILE)):
-                H = self.basis.heads
-                v = tile.v.expand(-1, H, -1, -1)
-                o, lse = ops.attend(qs, Tokens(self._keys(tile), v, tile.pos.expand(-1, H, -1), dense=tile.dense))
-                parts.append((self.basis.output_of(o).masked_fill(lse[..., None] == float("-inf"), 0.0), lse))
-        return parts
+                v, pos = tile.v.expand(-1, H, -1, -1), tile.pos.expand(-1, H, -1)
+                said.append(ops.attend(qs, Tokens(self._keys(tile), v, pos, dense=tile.dense)))
+        return [(basis.output_of(o).masked_fill(lse[..., None] == float("-inf"), 0.0), lse) for o, lse in said]
 
     def _whole(self, z: Tokens) -> Tokens:
         v = self.basis.values_of(z.v[:, 0]).to(self.dtype)

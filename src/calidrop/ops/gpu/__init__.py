@@ -15,6 +15,7 @@ from calidrop.ops.piece import Piece
 from calidrop.tokens import Tokens
 
 MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
+MOST_SUMS = 16 * 1024  # numbers a program adds up: queries times channels
 
 
 def runs(device: torch.device) -> bool:
@@ -91,3 +92,19 @@ def keys(z: Tensor, pos: Tensor, weight: Tensor, bias: Tensor, order: Tensor, fr
     from calidrop.ops.gpu.latents import keys
 
     return keys(z, pos, weight, bias, order, freq, scaling)
+
+
+def takes_latents(qs: Queries, kv_heads: int, rank: int) -> bool:
+    """Whether `ask_latents` can be asked. rank: of values."""
+    rows = qs.q.shape[1] // kv_heads * len(qs)
+    return not refusal(qs) and qs.q.shape[-1] <= MOST_CHANNELS and max(16, rows) * rank <= MOST_SUMS
+
+
+def ask_latents(
+    qs: Queries, z: Tensor, v: Tensor, pos: Tensor, start: Tensor | None, weight: Tensor, bias: Tensor, slots: Tensor,
+    freq: Tensor, scaling: float,
+) -> Partial:  # fmt: skip
+    from calidrop.ops.gpu.latents import attend
+
+    assert start is not None
+    return attend(qs, z, v, pos, start, weight, bias, slots, freq, scaling)
