@@ -107,6 +107,7 @@ CODED = [
     "adakv(budget=300, recent=9)+int4",
     "adakv(budget=300, recent=9)+kivi(bits=2)",
     "snapkv(budget=200, recent=9)+calidrop",
+    *(f"h2o(budget=100)+mikv(bits={bits}{more})" for bits in (2, 4) for more in ("", ", balancer=False")),
     *(f"think(keep=0.5, recent=5){more}" for more in ("", "+int8", "+int4", "+kivi(bits=2)")),
 ]
 
@@ -171,6 +172,7 @@ def test_codes(flags, recipe, D, monkeypatch):
     [
         *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (32, 64, 96, 128, 256)),
         *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
+        *(("h2o(budget=.5)+mikv(bits=4)", D) for D in (32, 64, 96, 128, 256)),
         *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),
     ],
 )

@@ -1,8 +1,13 @@
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from calidrop.attention import Partial, Queries
 from calidrop.coded import Coded
 from calidrop.observe import Observation
+from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Rest, check_choice, method
 from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
 from calidrop.store import Store
@@ -61,7 +66,25 @@ class Balanced(Coded):
             ).flatten(-2)
             for n in ("k", "v")
         )
-        return k / self.balance, v
+        return k, v
+
+    def turn(self, q: Tensor) -> Tensor:
+        if self.balance is None:
+            return q
+        balance = self.balance[:, :, 0, 0].repeat_interleave(q.shape[1] // self.balance.shape[1], 1)
+        return q / balance[:, :, None]
+
+    def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.balance is not None
+        return k / self.balance[:, :, 0], v
+
+    def layout(self) -> dict[str, Any]:
+        return {"kind": "per group", "bits": self.bits, "channels": self.channels} if self.bits != 3 else {}
+
+    def attend(self, qs: Queries) -> list[Partial | Piece]:
+        own = self.turn(qs.q)
+        parts = super().attend(qs)
+        return [replace(p, q=own) if isinstance(p, Piece) and p.kind == "per group" else p for p in parts]
 
     def format(self) -> str:
         return f"{self.bits}-bit{' balanced' if self.balancer else ''}"

@@ -20,13 +20,14 @@ MOST_QUERIES = 8
 class Piece:
     """A set of tokens that are all visible to the queries, and `answer`, which asks them in plain torch.
 
-    kind: "exact", "per token" (codes with a scale and zero per token), "e4m3" (8-bit floats with a scale per token) or
-    "per channel" (keys with a scale and zero per channel over units of `group` tokens, values per token over groups of
-    `channels`). columns: k, v and, as the kind has them, k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may
-    be empty), bias (fp32, added to the logits); each [B,H,slots,...], or [slots,...] with all (row, head) one behind
-    the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate: whether codes are of
-    channels behind a Hadamard rotation. q: the queries [B,Hq,T,D'] where keys have only some of the model's channels;
-    `answer` is asked with the whole queries nevertheless."""
+    kind: "exact", "per token" (codes with a scale and zero per token), "per group" (the same per token and group of
+    `channels`), "e4m3" (8-bit floats with a scale per token) or "per channel" (keys with a scale and zero per channel
+    over units of `group` tokens, values per token over groups of `channels`). columns: k, v and, as the kind has them,
+    k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may be empty), bias (fp32, added to the logits); each
+    [B,H,slots,...], or [slots,...] with all (row, head) one behind the other where `lens` [B,H] says how many each has.
+    slots: of the longest head. rotate: whether codes are of channels behind a Hadamard rotation. q: queries of its own
+    [B,Hq,T,D'], where keys have only some of the model's channels or others units; `answer` is asked with the whole
+    queries nevertheless."""
 
     kind: str
     columns: dict[str, Tensor]

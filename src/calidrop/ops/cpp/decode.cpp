@@ -17,7 +17,7 @@ struct Piece {
   const int64_t* starts;  // [B*H] says
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
 };
-enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED };
+enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP };
 
 struct Place {
   int64_t b, h, start;  // start: the first slot, where heads lie one behind the other
@@ -361,6 +361,12 @@ inline void in_order(const float* from, const std::vector<int>& place, int n, fl
   for (int i = 0; i < n; ++i) to[i] = from[place[i]];
 }
 
+// a group of channels out of the order of `row_order`, and what zeros add
+inline void straighten(float* o, int n, float zero, Scratch& w) {
+  for (int d = 0; d < n; ++d) w.straight[w.v_order[d]] = o[d];
+  for (int d = 0; d < n; ++d) o[d] = w.straight[d] + zero;
+}
+
 template <int BITS>
 void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
   constexpr int PER = 8 / BITS;
@@ -420,11 +426,90 @@ void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, i
     }
   }
   for (int r = 0; r < c.R; ++r)
-    for (int g = 0; g < groups; ++g) {
-      float* o = a.o.data() + static_cast<size_t>(r) * c.Dv + g * x.channels;
-      for (int d = 0; d < x.channels; ++d) w.straight[w.v_order[d]] = o[d];
-      for (int d = 0; d < x.channels; ++d) o[d] = w.straight[d] + w.zeros[r * groups + g];
+    for (int g = 0; g < groups; ++g)
+      straighten(a.o.data() + static_cast<size_t>(r) * c.Dv + g * x.channels, x.channels, w.zeros[r * groups + g], w);
+}
+
+// ---- codes with a scale and zero per token and group of channels
+
+// scores of n tokens for R rows of queries, in the order of `plane_order`
+template <int BITS, int L>
+void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int R, int q_width, float* s) {
+  using F = typename Lanes<L>::F;
+  constexpr int PER = 8 / BITS;
+  constexpr uint8_t MASK = (1 << BITS) - 1;
+  const int bytes = codes / PER;
+  for (int r0 = 0; r0 < R; r0 += 4) {
+    const int rows = std::min(4, R - r0);
+    for (int t = 0; t < n; ++t) {
+      F total[4] = {};
+      for (int j = 0; j < bytes / L; ++j) {
+        const auto x = load<typename Lanes<L>::B>(p + t * step + j * L);
+        for (int b = 0; b < PER; ++b) {
+          const F f = __builtin_convertvector(
+              __builtin_convertvector((x >> static_cast<uint8_t>(BITS * b)) & MASK, typename Lanes<L>::I), F);
+          for (int r = 0; r < rows; ++r) total[r] += f * load<F>(q + (r0 + r) * q_width + b * bytes + j * L);
+        }
+      }
+      for (int r = 0; r < rows; ++r) s[(r0 + r) * BLOCK + t] = sum(total[r]);
     }
+  }
+}
+
+template <int BITS>
+void per_group(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  constexpr int PER = 8 / BITS;
+  const int size = x.channels, groups = x.D / size, v_groups = c.Dv / size, bytes = size / PER;
+  const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+  const char *ks = base(x, x.k_scale, at), *kz = base(x, x.k_zero, at);
+  const char *vs = base(x, x.v_scale, at), *vz = base(x, x.v_zero, at);
+  const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
+  const float* q = x.q + (at.b * c.H + at.h) * c.R * x.D;
+  Answer& a = w.part;
+  a.reset();
+  w.k_order.resize(size), plane_order<BITS>(size, w.k_order.data());
+  row_order<BITS>(size, w.v_order);
+  w.zeros.assign(c.R * (groups + v_groups), 0.0f);
+  float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R * groups;
+  for (int r = 0; r < c.R; ++r)
+    for (int g = 0; g < groups; ++g)
+      for (int d = 0; d < size; ++d) {
+        const float y = q[r * x.D + g * size + w.k_order[d]] * c.scale;
+        w.q[r * x.D + g * size + d] = y;
+        zero_q[r * groups + g] += y;
+      }
+  alignas(64) float scale[BLOCK], zero[BLOCK];
+  for (int64_t t = from; t < to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
+    for (int g = 0; g < groups; ++g) {
+      const char* first = k + t * x.k.slot + g * bytes;
+      if (bytes % 16 == 0)
+        dots_by<BITS, 16>(first, x.k.slot, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
+      else
+        dots_by<BITS, 8>(first, x.k.slot, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
+      halves(ks + t * x.k_scale.slot + 2 * g, x.k_scale.slot, n, scale);
+      halves(kz + t * x.k_zero.slot + 2 * g, x.k_zero.slot, n, zero);
+      for (int r = 0; r < c.R; ++r) {
+        float* __restrict s = w.s.data() + r * BLOCK;
+        const float *mine = w.w.data() + r * BLOCK, z = zero_q[r * groups + g];
+        for (int i = 0; i < n; ++i) s[i] = (g ? s[i] : 0.0f) + mine[i] * scale[i] + zero[i] * z;
+      }
+    }
+    softmax(a, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    for (int g = 0; g < v_groups; ++g) {
+      halves(vs + t * x.v_scale.slot + 2 * g, x.v_scale.slot, n, scale);
+      halves(vz + t * x.v_zero.slot + 2 * g, x.v_zero.slot, n, zero);
+      for (int r = 0; r < c.R; ++r) {
+        const float* s = w.s.data() + r * BLOCK;
+        for (int i = 0; i < n; ++i) w.w[r * BLOCK + i] = s[i] * scale[i];
+        zero_v[r * v_groups + g] = zero_v[r * v_groups + g] * a.shrink[r] + inner(s, zero, n);
+      }
+      rows<BITS>(v + t * x.v.slot + g * bytes, x.v.slot, n, size, w.w.data(), c.R, BLOCK, a.o.data() + g * size, c.Dv, w);
+    }
+  }
+  for (int r = 0; r < c.R; ++r)
+    for (int g = 0; g < v_groups; ++g)
+      straighten(a.o.data() + static_cast<size_t>(r) * c.Dv + g * size, size, zero_v[r * v_groups + g], w);
 }
 
 void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
@@ -436,6 +521,9 @@ void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t t
     if (x.bits == 8) per_token<8>(c, x, at, from, to, w);
     if (x.bits == 4) per_token<4>(c, x, at, from, to, w);
     if (x.bits == 2) per_token<2>(c, x, at, from, to, w);
+  } else if (x.kind == PER_GROUP) {
+    if (x.bits == 4) per_group<4>(c, x, at, from, to, w);
+    if (x.bits == 2) per_group<2>(c, x, at, from, to, w);
   } else {
     if (x.bits == 8) per_channel<8>(c, x, at, from, to, w);
     if (x.bits == 4) per_channel<4>(c, x, at, from, to, w);

@@ -50,13 +50,17 @@ inline void halves(Lanes<8>::F x, Lanes<4>::F& a, Lanes<4>::F& b) {
 #endif
 }
 
+inline float sum(Lanes<8>::F x) {
+  Lanes<4>::F c, d;
+  halves(x, c, d);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
 inline float sum(V x) {
   Lanes<8>::F a, b;
   halves(x, a, b);
-  Lanes<4>::F c, d;
-  halves(a + b, c, d);
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
+  return sum(a + b);
 }
 
 // the largest of numbers none of which is NaN
