@@ -99,6 +99,8 @@ def test_any_number_of_threads(rows, threads):
 
 CODED = [
     "int8(residual=5)",
+    "fp8(residual=5)",
+    "adakv(budget=300, recent=9)+fp8",
     "int4(residual=5)",
     "int4(rotate=False, residual=5)",
     *(f"kivi(bits={bits}, group={group}, residual=7)" for bits in (2, 4, 8) for group in (32, 64)),
@@ -108,7 +110,7 @@ CODED = [
     "adakv(budget=300, recent=9)+kivi(bits=2)",
     "snapkv(budget=200, recent=9)+calidrop",
     *(f"h2o(budget=100)+mikv(bits={bits}{more})" for bits in (2, 4) for more in ("", ", balancer=False")),
-    *(f"think(keep=0.5, recent=5){more}" for more in ("", "+int8", "+int4", "+kivi(bits=2)")),
+    *(f"think(keep=0.5, recent=5){more}" for more in ("", "+int8", "+fp8", "+int4", "+kivi(bits=2)")),
 ]
 
 
@@ -171,6 +173,7 @@ def test_codes(flags, recipe, D, monkeypatch):
     ("recipe", "D"),
     [
         *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (32, 64, 96, 128, 256)),
+        *(("fp8(residual=5)", D) for D in cpu.HEAD_DIMS),
         *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
         *(("h2o(budget=.5)+mikv(bits=4)", D) for D in (32, 64, 96, 128, 256)),
         *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),

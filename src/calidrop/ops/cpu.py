@@ -30,7 +30,7 @@ from calidrop.tokens import Tokens
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4}
+KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4, "e4m3": 5}
 ANSWERED = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ARRAYS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")
@@ -151,7 +151,7 @@ def unread(x: Piece, qs: Queries) -> str:
         return "" if x.channels % per_vector == 0 and x.bits in (2, 4) else f"{x.bits} bits in groups of {x.channels}"
     D = x.queries(qs).shape[-1]
     least = max(HEAD_DIMS.get(d, 99) for d in (D, x.value_dim))
-    fits = least <= x.bits if x.kind == "per token" else least < 99 and x.columns["k"].dtype in DTYPES
+    fits = least <= x.bits if x.kind in ("per token", "e4m3") else least < 99 and x.columns["k"].dtype in DTYPES
     return "" if fits else f"{D} and {x.value_dim} channels of {x.bits or 'all'} bits"
 
 

@@ -17,7 +17,7 @@ struct Piece {
   const int64_t* starts;  // [B*H] says
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero;
 };
-enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP };
+enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP, FLOAT8 };
 
 struct Place {
   int64_t b, h, start;  // start: the first slot, where heads lie one behind the other
@@ -174,6 +174,31 @@ void exact(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t
             bias ? bias + t * x.bias.slot : nullptr, x.bias.slot);
     weigh_of<F>(c.Dv, v + t * x.v.slot, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
     if (w.part.K) weigh_of<F>(x.D, k + t * x.k.slot, x.k.slot, w.s.data(), w.part.mean.data(), n, c.R);
+  }
+}
+
+// ---- 8-bit floats with a scale per token
+
+void float8(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t to, Scratch& w) {
+  const float* q = x.q + (at.b * c.H + at.h) * c.R * x.D;
+  for (int i = 0; i < c.R * x.D; ++i) w.q[i] = q[i] * c.scale;
+  const char *k = base(x, x.k, at), *v = base(x, x.v, at);
+  const char *ks = base(x, x.k_scale, at), *vs = base(x, x.v_scale, at);
+  const char* pos = x.pos.p ? base(x, x.pos, at) : nullptr;
+  alignas(64) float scale[BLOCK];
+  const auto scaled = [&](const Array& of, const char* first, int64_t t, int n) {
+    halves(first + t * of.slot, of.slot, n, scale);
+    for (int r = 0; r < c.R; ++r)
+      for (int i = 0; i < n; ++i) w.s[r * BLOCK + i] *= scale[i];
+  };
+  w.part.reset();
+  for (int64_t t = from; t < to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, to - t));
+    dots_of<E4M3>(x.D, k + t * x.k.slot, x.k.slot, w.q.data(), w.s.data(), n, c.R);
+    scaled(x.k_scale, ks, t, n);
+    softmax(w.part, w.s.data(), n, c.softcap, pos ? pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    scaled(x.v_scale, vs, t, n);
+    weigh_of<E4M3>(c.Dv, v + t * x.v.slot, x.v.slot, w.s.data(), w.part.o.data(), n, c.R);
   }
 }
 
@@ -521,6 +546,8 @@ void run(const Call& c, const Piece& x, const Place& at, int64_t from, int64_t t
     if (x.bits == 8) per_token<8>(c, x, at, from, to, w);
     if (x.bits == 4) per_token<4>(c, x, at, from, to, w);
     if (x.bits == 2) per_token<2>(c, x, at, from, to, w);
+  } else if (x.kind == FLOAT8) {
+    float8(c, x, at, from, to, w);
   } else if (x.kind == PER_GROUP) {
     if (x.bits == 4) per_group<4>(c, x, at, from, to, w);
     if (x.bits == 2) per_group<2>(c, x, at, from, to, w);
