@@ -386,6 +386,19 @@ inline void in_order(const float* from, const std::vector<int>& place, int n, fl
   for (int i = 0; i < n; ++i) to[i] = from[place[i]];
 }
 
+// adds what n tokens say in the g-th group of channels, weights being in w.s; zeros [R][groups]: what zeros add up to
+template <int BITS>
+void weigh_group(const Call& c, const Piece& x, const char* v, int64_t step, int n, int g, const float* scale,
+                 const float* zero, float* zeros, Scratch& w) {
+  const int groups = c.Dv / x.channels;
+  for (int r = 0; r < c.R; ++r) {
+    const float* s = w.s.data() + r * BLOCK;
+    for (int t = 0; t < n; ++t) w.w[r * BLOCK + t] = s[t] * scale[t];
+    zeros[r * groups + g] = zeros[r * groups + g] * w.part.shrink[r] + inner(s, zero, n);
+  }
+  rows<BITS>(v, step, n, x.channels, w.w.data(), c.R, BLOCK, w.part.o.data() + g * x.channels, c.Dv, w);
+}
+
 // a group of channels out of the order of `row_order`, and what zeros add
 inline void straighten(float* o, int n, float zero, Scratch& w) {
   for (int d = 0; d < n; ++d) w.straight[w.v_order[d]] = o[d];
@@ -440,13 +453,8 @@ void per_channel(const Call& c, const Piece& x, const Place& at, int64_t from, i
         alignas(64) float scale[BLOCK], zero[BLOCK];
         every(w.scale.data() + g, groups, n, scale);
         every(w.zero.data() + g, groups, n, zero);
-        for (int r = 0; r < c.R; ++r) {
-          const float* s = w.s.data() + r * BLOCK;
-          for (int t = 0; t < n; ++t) w.w[r * BLOCK + t] = s[t] * scale[t];
-          w.zeros[r * groups + g] = w.zeros[r * groups + g] * a.shrink[r] + inner(s, zero, n);
-        }
         const char* first = v + u * x.v.slot + static_cast<int64_t>(t0) * row + g * (x.channels / PER);
-        rows<BITS>(first, row, n, x.channels, w.w.data(), c.R, BLOCK, a.o.data() + g * x.channels, c.Dv, w);
+        weigh_group<BITS>(c, x, first, row, n, g, scale, zero, w.zeros.data(), w);
       }
     }
   }
@@ -524,12 +532,7 @@ void per_group(const Call& c, const Piece& x, const Place& at, int64_t from, int
     for (int g = 0; g < v_groups; ++g) {
       halves(vs + t * x.v_scale.slot + 2 * g, x.v_scale.slot, n, scale);
       halves(vz + t * x.v_zero.slot + 2 * g, x.v_zero.slot, n, zero);
-      for (int r = 0; r < c.R; ++r) {
-        const float* s = w.s.data() + r * BLOCK;
-        for (int i = 0; i < n; ++i) w.w[r * BLOCK + i] = s[i] * scale[i];
-        zero_v[r * v_groups + g] = zero_v[r * v_groups + g] * a.shrink[r] + inner(s, zero, n);
-      }
-      rows<BITS>(v + t * x.v.slot + g * bytes, x.v.slot, n, size, w.w.data(), c.R, BLOCK, a.o.data() + g * size, c.Dv, w);
+      weigh_group<BITS>(c, x, v + t * x.v.slot + g * bytes, x.v.slot, n, g, scale, zero, zero_v, w);
     }
   }
   for (int r = 0; r < c.R; ++r)
