@@ -5,7 +5,9 @@ calidrop eval --task needle --length 1024 --samples 5 --dump-prompts prompts.jso
 python -m venv kv && kv/bin/pip install kvpress==0.5.5
 kv/bin/python benchmarks/kvpress_rows.py --prompts prompts.jsonl --model FOLDER --press SnapKVPress=0.9 --out rows.jsonl
 
-The press drops the share that is given of the prompt's tokens. Rows are called "kvpress:SnapKVPress(0.9)"; that without
+The press drops the share that is given of the prompt's tokens; AdaKVPress(SnapKVPress)=0.9 is one press in another. A
+prompt whose rows are in the file is not asked again. Presses that only choose tokens share one prefill, which is then
+not timed. Rows are called "kvpress:SnapKVPress(0.9)"; that without
 a press, to which KL and agreement are, "kvpress:full". Append them to a run's rows.jsonl to have one table.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -37,14 +40,47 @@ from calidrop.eval.score import METRICS, score
 class Asked:
     """A model with a cache that a press filled: it keeps fewer tokens than were seen, so positions are counted here."""
 
-    def __init__(self, model: Any, press: Any, prompt: Tensor):
+    def __init__(self, model: Any, cache: Any, seen: int, logits: Tensor, prefill_s: float | None = None):
+        """logits: of what comes next, [vocabulary]"""
+        self.model, self.cache, self.seen, self.logits, self.prefill_s = model, cache, seen, logits, prefill_s
+
+    @staticmethod
+    def alone(model: Any, press: Any, prompt: Tensor) -> Asked:
         from transformers import DynamicCache
 
-        self.model, self.cache, self.seen = model, DynamicCache(config=model.config), len(prompt)
-        start = time.perf_counter()
+        cache, start = DynamicCache(config=model.config), time.perf_counter()
         with press(model) if press else nullcontext():
-            out = model(prompt[None], past_key_values=self.cache, logits_to_keep=1)
-        self.prefill_s, self.logits = time.perf_counter() - start, out.logits[0, -1]
+            out = model(prompt[None], past_key_values=cache, logits_to_keep=1)
+        return Asked(model, cache, len(prompt), out.logits[0, -1], time.perf_counter() - start)
+
+    @staticmethod
+    def together(model: Any, presses: dict[str, Any], prompt: Tensor) -> dict[str, Asked]:
+        """One prefill for presses that only choose from what a layer's attention has written into the cache, as their
+        hooks do after it: each press fills a cache of its own. None: keeps all."""
+        from transformers import DynamicCache
+
+        caches = {name: DynamicCache(config=model.config) for name in presses}
+
+        def fill(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            for name, press in presses.items():
+                k, v = layer.keys, layer.values
+                if press:
+                    k, v = press.compress(module, kwargs["hidden_states"], k, v, output[1], kwargs)
+                caches[name].update(k, v, module.layer_idx)
+
+        hooks = []
+        for press in filter(None, presses.values()):
+            press.post_init_from_model(model)
+        for layer in model.model.layers:
+            layer.self_attn.rotary_emb = model.model.rotary_emb  # which presses ask for
+            hooks.append(layer.self_attn.register_forward_hook(fill, with_kwargs=True))
+        try:
+            out = model(prompt[None], past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: Asked(model, cache, len(prompt), out.logits[0, -1]) for name, cache in caches.items()}
 
     def step(self, token: int) -> Tensor:
         at = torch.tensor([[self.seen]])
@@ -73,20 +109,43 @@ class Asked:
         return sum(x.untyped_storage().nbytes() for layer in self.cache.layers for x in (layer.keys, layer.values))
 
 
+def key(s: Sample, name: str, recipe: str, question: str | None, dtype: torch.dtype) -> str:
+    return key_of(s, name, recipe, question, {"dtype": str(dtype)})
+
+
+def press_of(name: str, share: float) -> Any:
+    """A press of kvpress by its name, or one in another that takes it: "AdaKVPress(SnapKVPress)"."""
+    import kvpress
+
+    outer, _, inner = name.removesuffix(")").partition("(")
+    if inner:
+        return getattr(kvpress, outer)(press_of(inner, share))
+    return getattr(kvpress, outer)(compression_ratio=share)
+
+
+def only_chooses(press: Any) -> bool:
+    import kvpress
+
+    return isinstance(press, kvpress.ScorerPress)
+
+
 @torch.inference_mode()
 def rows(
     model: Any, tokenizer: Any, name: str, s: Sample, question: str | None, presses: dict[str, Any]
 ) -> Iterator[Row]:
     prompt, later, gold = encode(tokenizer, s, question)
     ends, full, full_bytes = {tokenizer.eos_token_id}, None, 0
-    for recipe, press in {"kvpress:full": None, **presses}.items():
-        asked = Asked(model, press, torch.tensor(prompt))
+    presses = {"kvpress:full": None, **presses}
+    shared = {recipe: press for recipe, press in presses.items() if press is None or only_chooses(press)}
+    ready = Asked.together(model, shared, torch.tensor(prompt))
+    for recipe, press in presses.items():
+        asked = ready.pop(recipe) if recipe in ready else Asked.alone(model, press, torch.tensor(prompt))
         for token in later:
             asked.step(token)
         logits = asked.forced(gold).double().log_softmax(-1)
         tokens, seconds = asked.generated(s.max_new_tokens, ends)
         full, full_bytes = (logits, asked.nbytes) if full is None else (full, full_bytes)
-        row = empty(s, name, recipe, question, key_of(s, name, recipe, question, {"dtype": str(model.dtype)}))
+        row = empty(s, name, recipe, question, key(s, name, recipe, question, model.dtype))
         row.prediction = until(tokenizer.decode(tokens, skip_special_tokens=True), s.stop)
         row.nll, row.answer_tokens = -float(logits.gather(1, torch.tensor(gold)[:, None]).sum()), len(gold)
         p, q = full[0 if later else 1 :], logits[0 if later else 1 :]
@@ -114,19 +173,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    import kvpress
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    presses = {f"kvpress:{name}({share})": getattr(kvpress, name)(compression_ratio=float(share))
+    presses = {f"kvpress:{name}({share})": press_of(name, float(share))
                for name, _, share in (press.partition("=") for press in args.press)}  # fmt: skip
+    dtype = torch.float32
+    made = {json.loads(line)["key"] for line in args.out.open()} if args.out.exists() else set()
     samples = load(args.prompts)
     if unfit := {s.task for s in samples if not s.gold or s.metric == "same_start"}:
         parser.error(f"{', '.join(unfit)}: the gold answer must be a text")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     for i, s in enumerate(samples):
         for question in s.modes(tuple(args.question or ["seen"])):
-            append(args.out, rows(model, tokenizer, args.name or args.model, s, question, presses))
+            name = args.name or args.model
+            left = {r: p for r, p in presses.items() if key(s, name, r, question, dtype) not in made}
+            if left:
+                append(args.out, rows(model, tokenizer, name, s, question, left))
         print(f"{i + 1} of {len(samples)}", flush=True)
 
 

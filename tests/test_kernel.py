@@ -59,6 +59,20 @@ def test_exact(D, N, dtype):
         check(qs, [ops.piece(t)], [t], 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "Dv"), [(24, 64), (38, 38), (112, 16), (128, 130), (320, 1), (192, 128)])
+def test_rows_of_any_width(D, Dv, dtype):
+    """What lies behind a row is no number, and is not read."""
+    room = torch.full((2, 2, 150, D + Dv + 40), float("nan"), dtype=dtype)
+    k, v = room[..., :D], room[..., D + 20 : D + Dv + 20]
+    k.copy_(torch.randn(k.shape)), v.copy_(torch.randn(v.shape))
+    t = Tokens(k, v, torch.arange(150, dtype=torch.int32).expand(2, 2, 150).clone(), dense=True)
+    other = Tokens(*(torch.randn(2, 2, 70, d).to(dtype) for d in (D, Dv)), t.pos[:, :, :70].clone(), dense=True)
+    qs = queries(2, 6, 1, D)
+    answer = attend(qs, other.k, other.v, other.pos)
+    check(qs, [ops.piece(t), answer, ops.piece(other)], [t, other, other], 2e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_several_sets_empty_slots_and_answers(softcap):
     D, qs = 64, queries(3, 6, 1, 64, softcap)
@@ -110,7 +124,19 @@ CODED = [
     "adakv(budget=300, recent=9)+kivi(bits=2)",
     "snapkv(budget=200, recent=9)+calidrop",
     *(f"h2o(budget=100)+mikv(bits={bits}{more})" for bits in (2, 4) for more in ("", ", balancer=False")),
-    *(f"think(keep=0.5, recent=5){more}" for more in ("", "+int8", "+fp8", "+int4", "+kivi(bits=2)")),
+    *(
+        f"think(keep={keep}, recent=5){more}"
+        for keep in (0.5, 0.6)
+        for more in ("", "+int8", "+fp8", "+int4", "+kivi(bits=2)", "+decoquant")
+        if keep == 0.6 or more != "+decoquant"
+    ),
+    *(f"decoquant(bits={bits}, residual=5)" for bits in (2, 4, 8)),
+    "adakv(budget=300, recent=9)+decoquant",
+    "mixkvq(residual=5)",
+    "mixkvq(quota=(3, 13, 48), values=4, residual=5)",
+    "mixkvq(quota=(0, 64, 0), values=8, group=64, residual=5)",
+    "mixkvq(quota=(0, 0, 64), block=32, residual=5)",
+    "adakv(budget=300, recent=9)+mixkvq",
 ]
 
 
@@ -152,6 +178,10 @@ def test_other_compilers(compiler, monkeypatch):
 def test_codes(flags, recipe, D, monkeypatch):
     use(flags, monkeypatch)
     B, H, G, N = 2, 2, 3, 611
+    if "quota" in recipe:
+        D = 64
+    if "think(keep=0.6" in recipe and "decoquant" in recipe:
+        D = 128  # of which 80 stay, five times 16
     qkv = random_qkv(B, H, G, N, D)
     kv = run(recipe, qkv, pads=[0, 77])
     qs = Queries(torch.randn(B, H * G, 1, D), torch.full((B, 1), N), D**-0.5)
@@ -177,6 +207,11 @@ def test_codes(flags, recipe, D, monkeypatch):
         *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
         *(("h2o(budget=.5)+mikv(bits=4)", D) for D in (32, 64, 96, 128, 256)),
         *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),
+        *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (24, 40, 72, 80, 112, 192, 320)),
+        *(("fp8(residual=5)", D) for D in (24, 40, 112, 320)),
+        *(("decoquant(bits=2, residual=5)", D) for D in (48, 96)),
+        ("kivi(bits=8, residual=5)", 512),
+        *(("mixkvq(residual=5)", D) for D in (96, 256)),
     ],
 )
 @pytest.mark.parametrize("flags", CODES)
@@ -190,8 +225,7 @@ def test_codes_for_any_number_of_queries_and_channels(flags, recipe, D, G, monke
 
 
 def test_what_it_does_not_take_is_answered_by_torch():
-    t = tokens(1, 2, 20, 48)
-    for qs in (queries(1, 4, 1, 48), queries(1, 4, 9, 64)):
+    for qs in (queries(1, 4, 1, 520), queries(1, 4, 9, 64)):
         t = tokens(1, 2, 20, qs.q.shape[-1])
         assert ops.pick(qs, [ops.piece(t)]).name.startswith("torch (")
         o, lse = ops.joined(qs, [ops.piece(t)])
@@ -231,6 +265,7 @@ def test_what_is_no_number_stays_none(which):
         (128, 7, torch.float16),
         (32, 1, torch.float32),
         (256, 66, torch.bfloat16),
+        (192, 9, torch.float32),
     ],
 )
 def test_column_sums(flags, softcap, D, W, dtype, monkeypatch):
@@ -270,6 +305,7 @@ def test_column_sums_of_what_the_kernel_does_not_read():
         (1, 80, 96, 65, torch.bfloat16),
         (7, 128, 32, 9, torch.float16),
         (30, 32, 256, 70, torch.float32),
+        (2, 192, 128, 70, torch.float32),
     ],
 )
 def test_a_prompt_with_its_column_sums(flags, softcap, G, D, Dv, W, dtype, monkeypatch):

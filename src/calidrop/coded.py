@@ -20,7 +20,10 @@ from calidrop.state import Ragged
 from calidrop.store import Exact, Store, count
 from calidrop.tokens import Tokens
 
-CODES = ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")
+CODES = (
+    *("k", "v", "k_scale", "k_zero", "v_scale", "v_zero"),
+    *("order", "k16", "k4", "k4_scale", "k4_zero"),  # of keys at several widths
+)
 
 
 def whole_units(waiting: Exact, t: Tokens, size: int, obs: Observation) -> tuple[Tokens, Tensor]:
@@ -120,15 +123,16 @@ class Coded(Store):
     def _exact(self) -> list[Exact]:
         return [*self.beside, self.waiting]
 
-    def layout(self) -> dict[str, Any]:
-        """What a kernel must know to read the codes: `kind`, `bits`, ... of `Piece`; empty where none can."""
+    def layout(self, q: Tensor) -> dict[str, Any]:
+        """What a kernel must know to read the codes: `kind`, `bits`, ... of `Piece`; empty where none can. q: the
+        queries."""
         return {}
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         parts = [part for store in self._exact() for part in store.attend(qs)]
-        layout = self.layout()
         if self.held is None or self.held.longest == 0:
             return parts
+        layout = self.layout(qs.q)
         if not layout:
             return [*parts, self._answer(qs)]
         columns = (*CODES, "pos") if self.beside else CODES

@@ -41,7 +41,7 @@ class PerToken(Coded):
     def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (hadamard(k), hadamard(v)) if self.rotate else (k, v)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "per token", "bits": self.bits, "rotate": self.rotate}
 
     def format(self) -> str:
@@ -70,7 +70,7 @@ class Float8(Coded):
         )
         return k, v
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "e4m3", "bits": 8}
 
     def format(self) -> str:

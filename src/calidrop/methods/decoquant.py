@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,13 @@ class Decomposed(Coded):
         top = 2 ** (self.bits - 1) - 1
         k, v = ((unpack(data[n], self.bits).float() - top) * data[f"{n}_scale"].float()[..., None] for n in ("k", "v"))
         return k, v
+
+    def layout(self, q: Tensor) -> dict[str, Any]:
+        if self.bits == 16:
+            return {}
+        assert self.of_values is not None
+        mix = self.of_values.small[:, 0, 0].expand(len(q), -1, -1).contiguous()
+        return {"kind": "per token", "bits": self.bits, "channels": CHUNK, "q": self.turn(q), "mix": mix}
 
     def turn(self, q: Tensor) -> Tensor:
         assert self.of_keys is not None

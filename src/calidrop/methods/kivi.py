@@ -40,7 +40,7 @@ class ChannelKeys(Coded):
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return decode(data, self.bits, self.group)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "per channel", "bits": self.bits, "channels": self.group}
 
     def format(self) -> str:

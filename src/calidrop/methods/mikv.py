@@ -1,13 +1,10 @@
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries
 from calidrop.coded import Coded
 from calidrop.observe import Observation
-from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Rest, check_choice, method
 from calidrop.quant import dequantize, pack, quantize, unpack, whole_bytes
 from calidrop.store import Store
@@ -78,13 +75,10 @@ class Balanced(Coded):
         assert self.balance is not None
         return k / self.balance[:, :, 0], v
 
-    def layout(self) -> dict[str, Any]:
-        return {"kind": "per group", "bits": self.bits, "channels": self.channels} if self.bits != 3 else {}
-
-    def attend(self, qs: Queries) -> list[Partial | Piece]:
-        own = self.turn(qs.q)
-        parts = super().attend(qs)
-        return [replace(p, q=own) if isinstance(p, Piece) and p.kind == "per group" else p for p in parts]
+    def layout(self, q: Tensor) -> dict[str, Any]:
+        if self.bits == 3:
+            return {}
+        return {"kind": "per group", "bits": self.bits, "channels": self.channels, "q": self.turn(q)}
 
     def format(self) -> str:
         return f"{self.bits}-bit{' balanced' if self.balancer else ''}"

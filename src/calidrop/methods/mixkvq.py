@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,12 @@ class Tiers(Coded):
     get 4 bits, the others 2; values 2 bits per token.
 
     Columns: order uint8 or int16 [B,H,n,D], k16 [B,H,n,block,n16], and codes, scales and zeros of the other tiers, per
-    channel over groups of tokens: k4 [B,H,n,n4,block/2], k2 [B,H,n,n2,block/4]."""
+    channel over groups of tokens: k4 [B,H,n,n4,block/2] and, of 2 bits, k [B,H,n,n2,block/4]."""
 
-    def __init__(self, block: int, group: int, quota: tuple[int, int, int], values: int):
+    def __init__(self, block: int, group: int, quota: tuple[int, int, int], values: int, channels: int):
+        """group: tokens that share a key's scale. channels: those that share a value's."""
         super().__init__(block)
-        self.per, self.quota, self.values = group, quota, values
+        self.per, self.quota, self.values, self.channels = group, quota, values, channels
         self.sum: Tensor | None = None  # [B,Hq,D]: |q| over the queries since the last flush
 
     def observe(self, step: Observation) -> None:
@@ -37,22 +40,27 @@ class Tiers(Coded):
         sorted_k = k.gather(4, order[:, :, :, None].expand(k.shape))
         n16, n4, _ = self.quota
         data = {"order": order.to(torch.uint8 if D <= 256 else torch.int16), "k16": sorted_k[..., :n16].contiguous()}
-        for name, bits, part in (("k4", 4, sorted_k[..., n16 : n16 + n4]), ("k2", 2, sorted_k[..., n16 + n4 :])):
+        for name, bits, part in (("k4", 4, sorted_k[..., n16 : n16 + n4]), ("k", 2, sorted_k[..., n16 + n4 :])):
             if part.shape[-1]:
                 data |= _coded(name, part.transpose(-1, -2), bits, self.per)
         if self.values == 16:
             return data | {"v": v}
-        return data | _coded("v", v, self.values, min(self.per, v.shape[-1]))
+        return data | _coded("v", v, self.values, self.channels)
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        tiers = [_decoded(data, n, b, self.per).transpose(-1, -2) for n, b in (("k4", 4), ("k2", 2)) if n in data]
+        tiers = [_decoded(data, n, b, self.per).transpose(-1, -2) for n, b in (("k4", 4), ("k", 2)) if n in data]
         sorted_k = torch.cat([data["k16"].float(), *tiers], -1)
         order = data["order"].long()[:, :, :, None].expand(sorted_k.shape)
         k = torch.empty_like(sorted_k).scatter_(4, order, sorted_k)
         if self.values == 16:
             return k, data["v"]
-        width = data["v"].shape[-1] * 8 // self.values
-        return k, _decoded(data, "v", self.values, min(self.per, width))
+        return k, _decoded(data, "v", self.values, self.channels)
+
+    def layout(self, q: Tensor) -> dict[str, Any]:
+        if self.values == 16:
+            return {}
+        tiers = (*self.quota[:2], self.per)
+        return {"kind": "tiers", "bits": self.values, "channels": self.channels, "tiers": tiers}
 
     def format(self) -> str:
         return "{}/{}/{} key channels at 16/4/2 bits, {}-bit values".format(*self.quota, self.values)
@@ -107,8 +115,9 @@ def mixkvq(
         n = tuple(quota) if quota is not None else (n16, n4, D - n16 - n4)
         if sum(n) != D:
             raise ValueError(f"mixkvq: quota must sum up to head_dim, got {n} and head_dim={D}")
-        if layer.value_dim % min(group, layer.value_dim):
+        channels = min(group, layer.value_dim)
+        if layer.value_dim % channels:
             raise ValueError(f"mixkvq: group must divide head_dim, got group={group} and head_dim={layer.value_dim}")
-        return Tiers(block, group, (n[0], n[1], n[2]), values)
+        return Tiers(block, group, (n[0], n[1], n[2]), values, channels)
 
     return Storage(make, block if residual is None else residual, block, residual is not None, weighs=True)

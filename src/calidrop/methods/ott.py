@@ -62,7 +62,7 @@ class Traced(Coded):
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return decode(data, self.bits, self.channels)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "per channel", "bits": self.bits, "channels": self.channels}
 
     def format(self) -> str:

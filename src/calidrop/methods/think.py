@@ -79,7 +79,8 @@ class ThinKeys(Store):
     @staticmethod
     def _leaf(piece: Piece, cut: Queries) -> Piece:
         """One that is asked with fewer channels, along with all others."""
-        return replace(piece, q=cut.q, answer=lambda _: piece.answer(cut))
+        q = cut.q if piece.q is None else piece.q  # which has them in a basis of its own
+        return replace(piece, q=q, answer=lambda _: piece.answer(cut))
 
     def _whole(self, t: Tokens) -> Tokens:
         assert self.of_keys is not None

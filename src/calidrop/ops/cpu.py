@@ -29,11 +29,14 @@ from calidrop.tokens import Tokens
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-HEAD_DIMS = {32: 4, 64: 2, 80: 8, 96: 4, 128: 2, 256: 2}  # head dim -> the fewest bits a code may have there
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4, "e4m3": 5}
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)  # what there are loops for: narrower rows are filled up
+KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4, "e4m3": 5, "tiers": 6}
 ANSWERED = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ARRAYS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")
+ARRAYS = (
+    *("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero"),
+    *("order", "k16", "k4", "k4_scale", "k4_zero"),
+)
 
 
 class _Array(ctypes.Structure):
@@ -43,7 +46,9 @@ class _Array(ctypes.Structure):
 class _Piece(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("kind", "dtype", "bits", "group", "channels", "rotate", "width")),
+        ("tiers", ctypes.c_int32 * 3),
         ("q", ctypes.c_void_p),
+        ("mix", ctypes.c_void_p),
         ("slots", ctypes.c_int64),
         ("lens", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
@@ -142,17 +147,27 @@ def unread(x: Piece, qs: Queries) -> str:
     """Why `decode` cannot read a piece; "" where it can."""
     if x.kind not in KINDS:
         return f"{x.kind} is not for CPUs"
-    if x.kind == "per channel":
-        per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
-        fits = x.group % per_vector == 0 and x.channels % per_vector == 0
-        return "" if fits else f"groups of {x.group} tokens and {x.channels} channels do not fill vectors"
-    if x.kind == "per group":
-        per_vector = 8 * 8 // x.bits
-        return "" if x.channels % per_vector == 0 and x.bits in (2, 4) else f"{x.bits} bits in groups of {x.channels}"
     D = x.queries(qs).shape[-1]
-    least = max(HEAD_DIMS.get(d, 99) for d in (D, x.value_dim))
-    fits = least <= x.bits if x.kind in ("per token", "e4m3") else least < 99 and x.columns["k"].dtype in DTYPES
-    return "" if fits else f"{D} and {x.value_dim} channels of {x.bits or 'all'} bits"
+    if max(D, x.value_dim) > HEAD_DIMS[-1]:
+        return f"{D} and {x.value_dim} channels, the kernel takes {HEAD_DIMS[-1]}"
+    if x.kind == "exact":
+        dtype = x.columns["k"].dtype
+        return "" if dtype in DTYPES else f"tokens are {dtype}"
+    if x.kind in ("per token", "e4m3"):
+        return ""
+    per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
+    fits = x.channels % per_vector == 0 and x.bits in (2, 4, 8)
+    if x.kind == "per channel":
+        fits = fits and x.group % per_vector == 0
+    if x.kind == "per group":
+        fits = fits and x.bits < 8 and D % x.channels == 0
+    if x.kind == "tiers":
+        if x.columns["order"].dtype != torch.uint8:
+            return f"{D} channels in an order, the kernel takes 256"
+        fits = fits and x.tiers[2] % 32 == 0
+    if fits:
+        return ""
+    return f"groups of {x.group} tokens and {x.channels} channels of {x.bits} bits do not fill vectors"
 
 
 def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
@@ -173,7 +188,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
 
 def recalls(k: Tensor, v: Tensor) -> bool:
     """Whether `recall` can be asked about such keys and values."""
-    known = k.shape[-1] in HEAD_DIMS and v.shape[-1] in HEAD_DIMS and k.dtype == v.dtype in DTYPES
+    known = max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1] and k.dtype == v.dtype in DTYPES
     return known and k.device.type == "cpu" and not kernel().reason
 
 
@@ -259,14 +274,16 @@ def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> _Piece:
         keep += [o, lse]
         return _Piece(kind=ANSWERED, k=_Array(o.data_ptr()), v=_Array(lse.data_ptr()))
     flat = part.lens is not None
-    told = _Piece(
-        KINDS[part.kind], DTYPES.get(part.columns["k"].dtype, 0), part.bits, part.group, part.channels, part.rotate
-    )
+    first = part.columns["k16" if part.kind == "tiers" else "k"]
+    told = _Piece(KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate)
+    told.tiers[:] = part.tiers
+    if part.mix is not None:
+        told.mix = part.mix.data_ptr()
     if part.q is not None:
         q = part.q.float().contiguous()
         keep.append(q)
     told.q, told.width = q.data_ptr(), q.shape[-1]
-    told.slots = 0 if flat else part.columns["k"].shape[2]
+    told.slots = 0 if flat else first.shape[2]
     if part.lens is not None:
         told.lens = part.lens.data_ptr()
     for name, x in part.columns.items():

@@ -21,13 +21,16 @@ class Piece:
     """A set of tokens that are all visible to the queries, and `answer`, which asks them in plain torch.
 
     kind: "exact", "per token" (codes with a scale and zero per token), "per group" (the same per token and group of
-    `channels`), "e4m3" (8-bit floats with a scale per token) or "per channel" (keys with a scale and zero per channel
-    over units of `group` tokens, values per token over groups of `channels`). columns: k, v and, as the kind has them,
-    k_scale, k_zero, v_scale, v_zero (fp16), pos (where slots may be empty), bias (fp32, added to the logits); each
-    [B,H,slots,...], or [slots,...] with all (row, head) one behind the other where `lens` [B,H] says how many each has.
-    slots: of the longest head. rotate: whether codes are of channels behind a Hadamard rotation. q: queries of its own
-    [B,Hq,T,D'], where keys have only some of the model's channels or others units; `answer` is asked with the whole
-    queries nevertheless."""
+    `channels`), "e4m3" (8-bit floats with a scale per token), "per channel" (keys with a scale and zero per channel
+    over units of `group` tokens, values per token over groups of `channels`) or "tiers" (the same, with the channels of
+    keys sorted unit by unit: the first `tiers[0]` exact, the next `tiers[1]` with 4 bits, the others with 2, a scale
+    and zero per channel over `tiers[2]` tokens: k16, k4 and k; order, uint8, says which channels they are). columns: k,
+    v and, as the kind has them, k_scale, k_zero, v_scale, v_zero (fp16; per-token codes without zeros are symmetric),
+    pos (where slots may be empty), bias (fp32, added to the logits); each [B,H,slots,...], or [slots,...] with all
+    (row, head) one behind the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate:
+    whether codes are of channels behind a Hadamard rotation. q: queries of its own [B,Hq,T,D'], where keys have only
+    some of the model's channels or others units; `answer` is asked with the whole queries nevertheless. mix: fp32
+    [B,channels,channels], what every `channels` channels of an answer to per-token codes are multiplied with."""
 
     kind: str
     columns: dict[str, Tensor]
@@ -41,6 +44,8 @@ class Piece:
     channels: int = 0
     rotate: bool = False
     q: Tensor | None = None
+    mix: Tensor | None = None
+    tiers: tuple[int, int, int] = (0, 0, 0)
 
     def queries(self, qs: Queries) -> Tensor:
         """What is multiplied with the keys."""

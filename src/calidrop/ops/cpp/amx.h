@@ -109,7 +109,7 @@ inline int sum_at(int a, int bits) {
 }
 
 // whether rows of n codes can be read
-inline bool fits(int n) { return n % 64 == 0; }
+inline bool fits(int n) { return n % 64 == 0 && n <= 256; }  // as many as `Buffers` holds
 
 inline void fence() { asm volatile("" ::: "memory"); }  // compilers do not know that tiles read and write memory
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-namespace {
+namespace calidrop {
 
 struct Array {
   const char* p;
@@ -12,4 +12,5 @@ inline const char* at_head(const Array& x, int64_t b, int64_t h) { return x.p + 
 
 enum Dtype { F32, BF16, F16 };
 
-}  // namespace
+}  // namespace calidrop
+using namespace calidrop;

@@ -56,11 +56,12 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
   }
 }
 
+// o: rows `wide` apart
 template <class F, int NV, int RT>
-inline void weigh(const char* v, int64_t step, const float* p, float* o, int D, int n) {
+inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
   V acc[RT][NV];
   for (int r = 0; r < RT; ++r)
-    for (int i = 0; i < NV; ++i) acc[r][i] = load<V>(o + r * D + 16 * i);
+    for (int i = 0; i < NV; ++i) acc[r][i] = load<V>(o + r * wide + 16 * i);
   for (int t = 0; t < n; ++t) {
     const char* row = v + t * step;
     for (int i = 0; i < NV; ++i) {
@@ -69,7 +70,7 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int D, 
     }
   }
   for (int r = 0; r < RT; ++r)
-    for (int i = 0; i < NV; ++i) store(o + r * D + 16 * i, acc[r][i]);
+    for (int i = 0; i < NV; ++i) store(o + r * wide + 16 * i, acc[r][i]);
 }
 
 // as many rows at once as fit the registers
@@ -83,41 +84,46 @@ template <class F, int NV> void all_dots(const char* k, int64_t step, const floa
   }
 }
 
-template <class F, int NV> void all_weigh(const char* v, int64_t step, const float* p, float* o, int D, int n, int R) {
+template <class F, int NV>
+void all_weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n, int R) {
   constexpr int RT = NV <= 6 ? 4 : NV <= 8 ? 3 : 1;
   int r = 0;
-  for (; r + RT <= R; r += RT) weigh<F, NV, RT>(v, step, p + r * BLOCK, o + r * D, D, n);
+  for (; r + RT <= R; r += RT) weigh<F, NV, RT>(v, step, p + r * BLOCK, o + r * wide, wide, n);
   if constexpr (RT > 1) {
-    if (RT > 3 && R - r == 3) weigh<F, NV, 3>(v, step, p + r * BLOCK, o + r * D, D, n);
-    if (R - r == 2) weigh<F, NV, 2>(v, step, p + r * BLOCK, o + r * D, D, n);
-    if (R - r == 1) weigh<F, NV, 1>(v, step, p + r * BLOCK, o + r * D, D, n);
+    if (RT > 3 && R - r == 3) weigh<F, NV, 3>(v, step, p + r * BLOCK, o + r * wide, wide, n);
+    if (R - r == 2) weigh<F, NV, 2>(v, step, p + r * BLOCK, o + r * wide, wide, n);
+    if (R - r == 1) weigh<F, NV, 1>(v, step, p + r * BLOCK, o + r * wide, wide, n);
   }
 }
 
-template <class F>
-bool dots_of(int D, const char* k, int64_t step, const float* q, float* s, int n, int R) {
-  switch (D) {
-    case 32: if constexpr (F::BITS >= 4) { all_dots<F, 2>(k, step, q, D, s, n, R); return true; } return false;
-    case 64: all_dots<F, 4>(k, step, q, D, s, n, R); return true;
-    case 80: if constexpr (F::BITS >= 8) { all_dots<F, 5>(k, step, q, D, s, n, R); return true; } return false;
-    case 96: if constexpr (F::BITS >= 4) { all_dots<F, 6>(k, step, q, D, s, n, R); return true; } return false;
-    case 128: all_dots<F, 8>(k, step, q, D, s, n, R); return true;
-    case 256: all_dots<F, 16>(k, step, q, D, s, n, R); return true;
-  }
-  return false;
+// the widths of rows that there are loops for; a plane of codes fills whole vectors
+constexpr int WIDTHS[] = {32, 64, 80, 96, 128, 192, 256, 512};
+template <class F> constexpr bool known(int D) { return D * F::BITS % 128 == 0; }
+
+// the narrowest that holds D numbers; 0 where none does
+template <class F> inline int width_of(int D) {
+  for (int wide : WIDTHS)
+    if (known<F>(wide) && wide >= D) return wide;
+  return 0;
 }
 
-template <class F>
-bool weigh_of(int D, const char* v, int64_t step, const float* p, float* o, int n, int R) {
-  switch (D) {
-    case 32: if constexpr (F::BITS >= 4) { all_weigh<F, 2>(v, step, p, o, D, n, R); return true; } return false;
-    case 64: all_weigh<F, 4>(v, step, p, o, D, n, R); return true;
-    case 80: if constexpr (F::BITS >= 8) { all_weigh<F, 5>(v, step, p, o, D, n, R); return true; } return false;
-    case 96: if constexpr (F::BITS >= 4) { all_weigh<F, 6>(v, step, p, o, D, n, R); return true; } return false;
-    case 128: all_weigh<F, 8>(v, step, p, o, D, n, R); return true;
-    case 256: all_weigh<F, 16>(v, step, p, o, D, n, R); return true;
+// f with the vectors of a row, D / 16, as a constant
+template <class F, int I = 0, class Do> inline void of_width(int D, Do f) {
+  if constexpr (I < sizeof(WIDTHS) / sizeof(int)) {
+    if constexpr (known<F>(WIDTHS[I]))
+      if (D == WIDTHS[I]) return f(std::integral_constant<int, WIDTHS[I] / 16>{});
+    of_width<F, I + 1>(D, f);
   }
-  return false;
+}
+
+template <class F> void dots_of(int D, const char* k, int64_t step, const float* q, float* s, int n, int R) {
+  of_width<F>(D, [&](auto vectors) { all_dots<F, vectors>(k, step, q, D, s, n, R); });
+}
+
+// o: rows `wide` apart
+template <class F>
+void weigh_of(int D, const char* v, int64_t step, const float* p, float* o, int wide, int n, int R) {
+  of_width<F>(D, [&](auto vectors) { all_weigh<F, vectors>(v, step, p, o, wide, n, R); });
 }
 
 // which code lies at place i of a row of n whose planes lie one behind the other (the first codes of all bytes, ...)

@@ -13,7 +13,8 @@ namespace vnni {
 namespace {  // nothing here is called from outside, so all of it may become part of who calls it
 
 template <int BITS> constexpr float MIDDLE = ((1 << BITS) - 1) / 2.0f;
-constexpr float MOST = 32512.0f;  // 256 rows of products with a byte stay below 2^31
+constexpr float MOST = 32512.0f;
+constexpr int ROWS = 256;  // of so many, sums of products with a byte stay below 2^31
 
 struct alignas(64) Line {
   int16_t of[32];
@@ -134,7 +135,7 @@ template <int BITS, class F> inline auto of_chunk(int n, F f) {
 }
 
 // whether rows of n codes can be read
-inline bool fits(int n) { return n % 32 == 0; }
+inline bool fits(int n) { return n % 32 == 0 && n <= ROWS; }
 
 // which code of a row of n `dots` multiplies with number i of a query
 template <int BITS> inline void code_order(int n, int* order) {
@@ -313,13 +314,14 @@ template <int BITS, int NV> inline void all_dots(const char* k, int64_t step, in
   }
 }
 
-// for the head dims there are (ops/cpu.py)
+// for the widths of rows.h
 template <int BITS> inline void dots(const char* k, int64_t step, int n, int codes, const Words& q, int R, float* s, Ahead next) {
   switch (codes / 32) {
     case 1: return all_dots<BITS, 1>(k, step, n, q, R, s, next);
     case 2: return all_dots<BITS, 2>(k, step, n, q, R, s, next);
     case 3: return all_dots<BITS, 3>(k, step, n, q, R, s, next);
     case 4: return all_dots<BITS, 4>(k, step, n, q, R, s, next);
+    case 6: return all_dots<BITS, 6>(k, step, n, q, R, s, next);
     case 8: return all_dots<BITS, 8>(k, step, n, q, R, s, next);
   }
 }

@@ -60,6 +60,10 @@ def unread(x: Piece, qs: Queries) -> str:
         return "stored columns do not lie side by side"
     if x.kind == "per group":
         return "codes in groups of channels are not for GPUs"
+    if x.kind == "tiers":
+        return "channels of several widths are not for GPUs"
+    if x.mix is not None:
+        return "large factors are not for GPUs"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
         return f"tokens are {x.columns['k'].dtype}"
     if any(c.dtype == torch.uint8 and c.shape[-1] % 2 for c in (x.columns["k"], x.columns["v"])):

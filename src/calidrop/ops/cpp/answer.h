@@ -1,0 +1,93 @@
+// What a set of tokens says to a few queries, and how scores become weights.
+#pragma once
+#include "vectors.h"
+
+namespace calidrop {
+
+// what a set of tokens said to R queries: o and, where keys are wanted too (K > 0), their mean, not yet divided by l;
+// D, K: numbers of a row, what fills it up included
+struct Answer {
+  int R, D, K;
+  std::vector<float> m, l, o, mean, shrink;  // shrink: by what the last `softmax` multiplied the others
+  Answer(int R, int D, int K)
+      : R(R), D(D), K(K), m(R, NONE), l(R, 0.0f), o(static_cast<size_t>(R) * D, 0.0f),
+        mean(static_cast<size_t>(R) * K, 0.0f), shrink(R, 1.0f) {}
+  void reset() {
+    std::fill(m.begin(), m.end(), NONE);
+    std::fill(l.begin(), l.end(), 0.0f);
+    std::fill(o.begin(), o.end(), 0.0f);
+    std::fill(mean.begin(), mean.end(), 0.0f);
+  }
+  void shrink_by(int r, float by) {
+    shrink[r] = by;
+    l[r] *= by;
+    for (int d = 0; d < D; ++d) o[static_cast<size_t>(r) * D + d] *= by;
+    for (int d = 0; d < K; ++d) mean[static_cast<size_t>(r) * K + d] *= by;
+  }
+  // n: numbers of o2
+  void join(int r, float m2, float l2, const float* o2, int n, const float* mean2) {
+    if (m2 == NONE || l2 == 0.0f) return;
+    float top = std::max(m[r], m2), a = std::exp(m[r] - top), b = std::exp(m2 - top);
+    if (m[r] == NONE) a = 0.0f;
+    float *mine = o.data() + static_cast<size_t>(r) * D, *keys = mean.data() + static_cast<size_t>(r) * K;
+    for (int d = 0; d < n; ++d) mine[d] = a * mine[d] + b * o2[d];
+    for (int d = 0; d < K; ++d) keys[d] = a * keys[d] + b * mean2[d];
+    l[r] = a * l[r] + b * l2;
+    m[r] = top;
+  }
+  void join(int r, const Answer& x) {
+    join(r, x.m[r], x.l[r], x.o.data() + static_cast<size_t>(r) * D, D, x.mean.data() + static_cast<size_t>(r) * K);
+  }
+};
+
+}  // namespace calidrop
+using namespace calidrop;
+
+namespace {
+
+// scores [R][BLOCK] of n tokens become weights against the running maximum; o and l are rescaled
+inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
+                    int64_t bias_slot) {
+  for (int r = 0; r < a.R; ++r) {  // rows are independent: what one waits for, another computes
+    float* x = s + r * BLOCK;
+    if (softcap > 0.0f)
+      for (int t = 0; t < n; ++t) x[t] = softcap * std::tanh(x[t] / softcap);
+    if (bias)
+      for (int t = 0; t < n; ++t) x[t] += load<float>(bias + t * bias_slot);
+    if (pos)
+      for (int t = 0; t < n; ++t)
+        if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
+    for (int t = n; t < BLOCK; ++t) x[t] = NONE;
+    V top = load<V>(x);
+    Lanes<16>::I odd = top != top;
+    for (int t = 16; t < BLOCK; t += 16) {
+      V y = load<V>(x + t);
+      odd |= y != y;
+      top = y > top ? y : top;
+    }
+    a.shrink[r] = 1.0f;
+    float m = a.m[r];
+    if (any(odd)) {  // what is no number stays none, to the end
+      a.l[r] = NAN, m = std::max(m, 0.0f);
+      for (int i = 0; i < 16; ++i) m = std::max(m, top[i]);
+    } else
+      m = std::max(m, most(top));
+    if (m > a.m[r]) {
+      a.shrink_by(r, a.m[r] == NONE ? 0.0f : std::exp(a.m[r] - m));
+      a.m[r] = m;
+    }
+  }
+  for (int r = 0; r < a.R; ++r) {
+    float* x = s + r * BLOCK;
+    const float m = a.m[r] == NONE ? 0.0f : a.m[r];  // nothing visible so far: all weigh e^-inf
+    V total = {};
+    for (int t = 0; t < BLOCK; t += 16) {
+      V y = exp(load<V>(x + t) - m);
+      store(x + t, y);
+      total += y;
+    }
+    a.l[r] += sum(total);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,69 @@
+// Exact tokens, and 8-bit floats with a scale per token.
+#include "pieces.h"
+
+namespace {
+
+struct Scratch {
+  std::vector<float> q, s;
+  std::vector<char> keys, values;
+};
+
+// queries times the scale of the logits, in rows of `width` that zeros fill up
+inline void scaled(const Call& c, const Piece& x, const Stretch& at, int width, Scratch& w) {
+  const float* q = c.queries(x, at);
+  w.q.resize(c.R * width), w.s.resize(c.R * BLOCK);
+  float* to = w.q.data();
+  for (int r = 0; r < c.R; ++r) {
+    for (int d = 0; d < x.D; ++d) to[r * width + d] = q[r * x.D + d] * c.scale;
+    std::fill(to + r * width + x.D, to + (r + 1) * width, 0.0f);
+  }
+}
+
+template <class F>
+void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
+  const Head p(x, at);
+  const int D = width_of<F>(x.D), Dv = width_of<F>(c.Dv);
+  const Rows keys(p.k, x.k.slot, x.D * F::BITS / 8, D * F::BITS / 8, w.keys);
+  const Rows values(p.v, x.v.slot, c.Dv * F::BITS / 8, Dv * F::BITS / 8, w.values);
+  scaled(c, x, at, D, w);
+  for (int64_t t = at.from; t < at.to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+    const char* k = keys.at(t, n);
+    dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
+            p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot);
+    weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+    if (a.K) weigh_of<F>(D, k, keys.step, w.s.data(), a.mean.data(), a.K, n, c.R);
+  }
+}
+
+void float8(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
+  const Head p(x, at);
+  const int D = width_of<E4M3>(x.D), Dv = width_of<E4M3>(c.Dv);
+  const Rows keys(p.k, x.k.slot, x.D, D, w.keys), values(p.v, x.v.slot, c.Dv, Dv, w.values);
+  scaled(c, x, at, D, w);
+  alignas(64) float scale[BLOCK];
+  const auto by_scale = [&](const Array& of, const char* first, int64_t t, int n) {
+    halves(first + t * of.slot, of.slot, n, scale);
+    for (int r = 0; r < c.R; ++r)
+      for (int i = 0; i < n; ++i) w.s[r * BLOCK + i] *= scale[i];
+  };
+  for (int64_t t = at.from; t < at.to; t += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+    dots_of<E4M3>(D, keys.at(t, n), keys.step, w.q.data(), w.s.data(), n, c.R);
+    by_scale(x.k_scale, p.k_scale, t, n);
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    by_scale(x.v_scale, p.v_scale, t, n);
+    weigh_of<E4M3>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+  }
+}
+
+}  // namespace
+
+void calidrop::ask_exact(const Call& c, const Piece& x, const Stretch& at, Answer& a) {
+  thread_local Scratch w;
+  if (x.kind == FLOAT8) return float8(c, x, at, a, w);
+  if (x.dtype == F32) exact<Float32>(c, x, at, a, w);
+  if (x.dtype == BF16) exact<BFloat16>(c, x, at, a, w);
+  if (x.dtype == F16) exact<Float16>(c, x, at, a, w);
+}

@@ -1,0 +1,203 @@
+// Codes with a scale and zero per token.
+#include "amx.h"
+#include "pieces.h"
+#include "vnni.h"
+
+namespace {
+
+struct Scratch {
+  std::vector<float> q, s, zeros, straight;
+  std::vector<int> k_order, v_order;
+  std::vector<char> keys, values;
+#ifdef CALIDROP_VNNI
+  vnni::Words left, right;
+#endif
+#ifdef CALIDROP_AMX
+  amx::Fixed tile_left, tile_right;
+  amx::Buffers buffers;
+#endif
+};
+// sums and differences of lanes HALF apart
+template <int HALF> inline V butterflies(V x) {
+  V y, sign;
+#ifdef __clang__
+  for (int i = 0; i < 16; ++i) y[i] = x[i ^ HALF];
+#else
+  Lanes<16>::I other;
+  for (int i = 0; i < 16; ++i) other[i] = i ^ HALF;
+  y = __builtin_shuffle(x, other);
+#endif
+  for (int i = 0; i < 16; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
+  return y + sign * x;
+}
+
+// orthonormal, of blocks of the largest power of two that divides D
+void hadamard(float* x, int D) {
+  const int block = D & -D;
+  const float c = 1.0f / std::sqrt(static_cast<float>(block));
+  if (D % 16) {
+    for (int half = 1; half < block; half *= 2)
+      for (int i = 0; i < D; i += 2 * half)
+        for (int j = i; j < i + half; ++j) {
+          const float a = x[j], b = x[j + half];
+          x[j] = a + b, x[j + half] = a - b;
+        }
+    for (int i = 0; i < D; ++i) x[i] *= c;
+    return;
+  }
+  for (int i = 0; i < D; i += 16)
+    store(x + i, butterflies<8>(butterflies<4>(butterflies<2>(butterflies<1>(load<V>(x + i))))) * c);
+  for (int half = 16; half < block; half *= 2)
+    for (int i = 0; i < D; i += 2 * half)
+      for (int j = i; j < i + half; j += 16) {
+        const V a = load<V>(x + j), b = load<V>(x + j + half);
+        store(x + j, a + b);
+        store(x + j + half, a - b);
+      }
+}
+
+// the order in which products see a row of keys, and in which sums over rows of values are left: place -> code
+template <int BITS> void orders(int D, int Dv, [[maybe_unused]] bool tiles, Scratch& w) {
+  w.k_order.resize(D), w.v_order.resize(Dv);
+  plane_order<BITS>(D, w.k_order.data()), plane_order<BITS>(Dv, w.v_order.data());
+#ifdef CALIDROP_VNNI
+  if (vnni::fits(D)) vnni::code_order<BITS>(D, w.k_order.data());
+  if (vnni::fits(Dv)) vnni::sum_order<BITS>(Dv, w.v_order.data());
+#endif
+#ifdef CALIDROP_AMX
+  if (!tiles) return;
+  for (int i = 0; i < D; ++i) w.k_order[i] = amx::code_at(i, BITS);
+  for (int i = 0; i < Dv; ++i) w.v_order[i] = amx::sum_at(i, BITS);
+#endif
+}
+
+// every c of n channels times a matrix
+inline void mixed(const float* matrix, int c, float* o, int n, float* room) {
+  std::memcpy(room, o, sizeof(float) * n);
+  for (int d = 0; d < n; ++d) {
+    float total = 0.0f;
+    for (int i = 0; i < c; ++i) total += room[d / c * c + i] * matrix[i * c + d % c];
+    o[d] = total;
+  }
+}
+
+template <int BITS>
+void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
+  const Head p(x, at);
+  const float* q = c.queries(x, at);
+  const int D = width_of<Codes<BITS>>(x.D), Dv = width_of<Codes<BITS>>(c.Dv);
+  const Rows keys(p.k, x.k.slot, x.D * BITS / 8, D * BITS / 8, w.keys);
+  const Rows values(p.v, x.v.slot, c.Dv * BITS / 8, Dv * BITS / 8, w.values);
+  bool tiles = false;
+#ifdef CALIDROP_AMX
+  const bool in_place = !keys.copied && !values.copied;
+  tiles = in_place && c.R <= amx::ROWS && amx::fits(D) && amx::fits(Dv) && amx::allowed();
+#endif
+  orders<BITS>(D, Dv, tiles, w);
+  w.q.resize(c.R * D), w.s.resize(c.R * BLOCK), w.straight.resize(std::max(D, Dv));
+  w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
+  float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
+  for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
+    float* mine = w.straight.data();
+    std::memcpy(mine, q + r * x.D, sizeof(float) * x.D);
+    if (x.rotate) hadamard(mine, x.D);
+    std::fill(mine + x.D, mine + D, 0.0f);
+    V total = {};
+    for (int d = 0; d < D; d += 16) {
+      const V y = load<V>(mine + d) * c.scale;
+      store(mine + d, y);
+      total += y;
+    }
+    zero_q[r] = sum(total);
+    for (int d = 0; d < D; ++d) w.q[r * D + d] = mine[w.k_order[d]];
+  }
+#ifdef CALIDROP_VNNI
+  if (!tiles) {
+    w.left.size(c.R, D), w.right.size(c.R, BLOCK);
+    w.left.set(w.q.data(), D, D);
+  }
+#endif
+  const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, at.to - t)); };
+#ifdef CALIDROP_AMX
+  std::optional<amx::Tiles> mine;
+  if (tiles) {
+    mine.emplace();
+    w.tile_left.size(c.R, D), w.tile_right.size(c.R, BLOCK);
+    for (int r = 0; r < c.R; ++r) w.tile_left.set(r, w.q.data() + r * D, D);
+    amx::lay(w.tile_left, w.buffers);
+    amx::lay_keys<BITS>(p.k + at.from * x.k.slot, x.k.slot, block(at.from), D, w.buffers);
+  }
+#endif
+  alignas(64) float scale[BLOCK], zero[BLOCK];
+  // symmetric codes have no zeros of their own: theirs is the middle code
+  const auto grid = [&](const char* scales, const Array& of, const char* zeros, const Array& zeros_of, int64_t t, int n) {
+    halves(scales + t * of.slot, of.slot, n, scale);
+    if (zeros)
+      halves(zeros + t * zeros_of.slot, zeros_of.slot, n, zero);
+    else
+      for (int i = 0; i < n; ++i) zero[i] = scale[i] * -static_cast<float>((1 << (BITS - 1)) - 1);
+  };
+  for (int64_t t = at.from; t < at.to; t += BLOCK) {
+    const int n = block(t);
+    const char *rows = keys.at(t, n), *v_rows = values.at(t, n);
+#ifdef CALIDROP_AMX
+    if (tiles) {
+      amx::dots<BITS>(rows, x.k.slot, n, D, w.buffers);
+      amx::lay_values<BITS>(v_rows, x.v.slot, n, Dv, w.buffers);
+      amx::scores<BITS>(n, w.tile_left, c.R, w.s.data(), w.buffers);
+    } else
+#endif
+#ifdef CALIDROP_VNNI
+    if (vnni::fits(D))
+      vnni::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data(), {v_rows, values.step});
+    else
+#endif
+      dots_of<Codes<BITS>>(D, rows, keys.step, w.q.data(), w.s.data(), n, c.R);
+    grid(p.k_scale, x.k_scale, p.k_zero, x.k_zero, t, n);
+    for (int r = 0; r < c.R; ++r) {
+      float* __restrict s = w.s.data() + r * BLOCK;
+      const float z = zero_q[r];
+      for (int i = 0; i < n; ++i) s[i] = s[i] * scale[i] + zero[i] * z;
+    }
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    grid(p.v_scale, x.v_scale, p.v_zero, x.v_zero, t, n);
+    for (int r = 0; r < c.R; ++r) {
+      float* __restrict s = w.s.data() + r * BLOCK;
+      zero_v[r] = zero_v[r] * a.shrink[r] + inner(s, zero, n);
+      for (int i = 0; i < n; ++i) s[i] *= scale[i];
+    }
+#ifdef CALIDROP_AMX
+    if (tiles) {
+      for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * BLOCK, n);
+      amx::rows(Dv, w.tile_right, w.buffers);
+      if (t + n < at.to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), D, w.buffers);
+      amx::add<BITS>(Dv, w.tile_right, c.R, a.o.data(), a.D, w.buffers);
+      continue;
+    }
+#endif
+#ifdef CALIDROP_VNNI
+    if (vnni::fits(Dv)) {
+      w.right.set(w.s.data(), BLOCK, n);
+      vnni::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D, {p.k + (t + n) * x.k.slot, x.k.slot});
+      continue;
+    }
+#endif
+    weigh_of<Codes<BITS>>(Dv, v_rows, values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+  }
+  for (int r = 0; r < c.R; ++r) {
+    float* o = a.o.data() + static_cast<size_t>(r) * a.D;
+    for (int d = 0; d < Dv; ++d) w.straight[w.v_order[d]] = o[d];
+    for (int d = 0; d < c.Dv; ++d) o[d] = w.straight[d] + zero_v[r];
+    if (x.rotate) hadamard(o, c.Dv);
+    if (x.mix) mixed(x.mix + at.b * x.channels * x.channels, x.channels, o, c.Dv, w.straight.data());
+  }
+}
+
+}  // namespace
+
+void calidrop::ask_per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a) {
+  thread_local Scratch w;
+  if (x.bits == 8) per_token<8>(c, x, at, a, w);
+  if (x.bits == 4) per_token<4>(c, x, at, a, w);
+  if (x.bits == 2) per_token<2>(c, x, at, a, w);
+}

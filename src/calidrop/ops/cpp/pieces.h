@@ -1,0 +1,80 @@
+// Tokens as they are stored, and who asks them: each kind of code in a file of its own, compiled side by side.
+#pragma once
+#include "answer.h"
+#include "array.h"
+#include "rows.h"
+
+namespace calidrop {
+
+struct Piece {
+  int32_t kind, dtype, bits, group, channels, rotate, D;
+  int32_t tiers[3];     // channels that are exact, those that have 4 bits, tokens that share a scale
+  const float* q;       // [B,H,R,D]
+  const float* mix;     // [B,channels,channels]: what every `channels` channels of an answer are multiplied with, or null
+  int64_t slots;        // per (row, head) where lens is null
+  const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other, or where
+  const int64_t* starts;  // [B*H] says
+  Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero, order, k16, k4, k4_scale, k4_zero;
+};
+enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP, FLOAT8, TIERS };
+
+// slots `from` to `to` - 1 of a head
+struct Stretch {
+  int64_t b, h, start;  // start: the first slot of the head, where heads lie one behind the other
+  int64_t from, to;
+};
+
+struct Call {
+  float *out, *lse, *mean;
+  int64_t B, H;
+  int R, Dv;
+  float scale, softcap;
+  // [R,D] of a head
+  const float* queries(const Piece& x, const Stretch& at) const { return x.q + (at.b * H + at.h) * R * x.D; }
+};
+
+// what they say; a is as good as new
+void ask_exact(const Call& c, const Piece& x, const Stretch& at, Answer& a);
+void ask_per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a);
+void ask_groups(const Call& c, const Piece& x, const Stretch& at, Answer& a);
+
+}  // namespace calidrop
+
+namespace {
+
+// where the columns of a head begin; null where there is none
+struct Head {
+  const char *k, *v, *pos, *bias, *k_scale, *k_zero, *v_scale, *v_zero;
+  Head(const Piece& x, const Stretch& at)
+      : k(of(x, x.k, at)), v(of(x, x.v, at)), pos(of(x, x.pos, at)), bias(of(x, x.bias, at)),
+        k_scale(of(x, x.k_scale, at)), k_zero(of(x, x.k_zero, at)), v_scale(of(x, x.v_scale, at)),
+        v_zero(of(x, x.v_zero, at)) {}
+  static const char* of(const Piece& x, const Array& a, const Stretch& at) {
+    if (!a.p) return nullptr;
+    return x.lens ? a.p + at.start * a.slot : a.p + at.b * a.row + at.h * a.head;
+  }
+};
+
+// Rows of a column as wide as there are loops for: where they lie, or copies that zeros fill up.
+struct Rows {
+  Rows(const char* first, int64_t slot, int bytes, int wide, std::vector<char>& room)
+      : first(first), slot(slot), bytes(bytes), copied(bytes != wide), room(room), step(copied ? wide : slot) {
+    if (copied) room.assign(static_cast<size_t>(BLOCK) * wide, 0);
+  }
+  // row t and the n - 1 behind it, until the next call
+  const char* at(int64_t t, int n) const {
+    const char* from = first + t * slot;
+    if (!copied) return from;
+    for (int i = 0; i < n; ++i) std::memcpy(room.data() + i * step, from + i * slot, bytes);
+    return room.data();
+  }
+
+  const char* first;
+  int64_t slot;
+  int bytes;
+  bool copied;
+  std::vector<char>& room;
+  int64_t step;  // bytes between two
+};
+
+}  // namespace
