@@ -142,6 +142,9 @@ CODED = [
     "adakv(budget=90, recent=9)+fp8",
     "adakv(budget=90, recent=9)+kivi(bits=2)",
     *(f"think(keep=0.55, recent=5){more}" for more in ("", "+int4", "+fp8", "+kivi(bits=4, group=32)")),
+    *(f"h2o(budget=60)+mikv(bits={bits})" for bits in (2, 4)),
+    *(f"decoquant(bits={bits}, residual=5)" for bits in (2, 4, 8)),
+    "adakv(budget=90, recent=9)+decoquant",
 ]
 
 
@@ -162,14 +165,21 @@ def test_codes(recipe):
     check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
 
 
-@pytest.mark.parametrize("recipe", ["int4(residual=5)", "int8(residual=5)", "kivi(bits=4, group=16, residual=7)"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["int4(residual=5)", "int8(residual=5)", "kivi(bits=4, group=16, residual=7)", "decoquant(residual=5)"],
+)
 @pytest.mark.parametrize("D", [80, 96])
 def test_head_dims_that_are_no_power_of_two(recipe, D):
     kv, qs = coded(recipe, D)
     check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
 
 
-HALF = ["int8(residual=5)", "int4(residual=5)", "fp8(residual=5)", *(f"kivi(bits={b}, residual=7)" for b in (2, 4, 8))]
+HALF = [
+    *("int8(residual=5)", "int4(residual=5)", "fp8(residual=5)", "decoquant(residual=5)"),
+    *(f"kivi(bits={b}, residual=7)" for b in (2, 4, 8)),
+    *(f"h2o(budget=60)+mikv(bits={b})" for b in (2, 4)),
+]
 
 
 @pytest.mark.parametrize("D", [64, 128])

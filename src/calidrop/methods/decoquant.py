@@ -85,7 +85,7 @@ class Decomposed(Coded):
             return {}
         assert self.of_values is not None
         mix = self.of_values.small[:, 0, 0].expand(len(q), -1, -1).contiguous()
-        return {"kind": "per token", "bits": self.bits, "channels": CHUNK, "q": self.turn(q), "mix": mix}
+        return {"kind": "per token", "bits": self.bits, "channels": CHUNK, "q": self.turn(q).to(q.dtype), "mix": mix}
 
     def turn(self, q: Tensor) -> Tensor:
         assert self.of_keys is not None

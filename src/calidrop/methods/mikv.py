@@ -78,7 +78,7 @@ class Balanced(Coded):
     def layout(self, q: Tensor) -> dict[str, Any]:
         if self.bits == 3:
             return {}
-        return {"kind": "per group", "bits": self.bits, "channels": self.channels, "q": self.turn(q)}
+        return {"kind": "per group", "bits": self.bits, "channels": self.channels, "q": self.turn(q).to(q.dtype)}
 
     def format(self) -> str:
         return f"{self.bits}-bit{' balanced' if self.balancer else ''}"

@@ -58,20 +58,17 @@ def unread(x: Piece, qs: Queries) -> str:
         return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}"
     if x.pitch() is None:
         return "stored columns do not lie side by side"
-    if x.kind == "per group":
-        return "codes in groups of channels are not for GPUs"
     if x.kind == "tiers":
         return "channels of several widths are not for GPUs"
-    if x.mix is not None:
-        return "large factors are not for GPUs"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
         return f"tokens are {x.columns['k'].dtype}"
     if any(c.dtype == torch.uint8 and c.shape[-1] % 2 for c in (x.columns["k"], x.columns["v"])):
         return "rows of codes are an odd number of bytes, the kernel reads words of two"
     if x.kind == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "the GPU has no 8-bit floats"
-    if x.kind == "per channel":
-        odd = any(n & (n - 1) or not 8 <= n <= MOST_GROUP for n in (x.group, x.channels))
+    if x.kind in ("per channel", "per group"):
+        sizes = (x.group, x.channels) if x.kind == "per channel" else (x.channels,)
+        odd = any(n & (n - 1) or not 8 <= n <= MOST_GROUP for n in sizes)
         return f"groups of {x.group} tokens and {x.channels} channels, the kernel takes 8, 16, ... 128" if odd else ""
     return ""
 

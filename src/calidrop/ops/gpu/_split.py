@@ -109,6 +109,15 @@ def _scales(p, base, n, stop):
 
 
 @triton.jit
+def _zero(scales, i: tl.constexpr, by, HALF: tl.constexpr):
+    """What the code HALF stands for, times `by`. scales: of `_scales`; i: 0 for keys, 1 for values."""
+    y = scales[i].to(tl.float32) * by  # symmetric codes: 0 is the code below HALF
+    if len(scales) > 2:
+        y = scales[2 + i].to(tl.float32) * by + y * HALF
+    return y
+
+
+@triton.jit
 def _codes(
     q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
@@ -148,14 +157,12 @@ def _codes(
         inverse = exp2(-depth)
         s *= k_scale[None, :]
         if F[0] == 1:
-            zero = scales[2].to(tl.float32) + k_scale * HALF
-            s += total[:, None] * zero[None, :]
+            s += total[:, None] * _zero(scales, 0, 1.0, HALF)[None, :]
         s = _bent(s * (scale * size_of)[:, None], p, base + n, there, softcap, CAPPED) + (depth / LOG2E)[None, :]
         w, shrink, m = _lifted(s, m)
         l = l * shrink[:, None] + w * inverse[None, :]
         if F[0] == 1:
-            zero = scales[3].to(tl.float32) * inverse + HALF
-            zeros = zeros * shrink[:, None] + w * zero[None, :]
+            zeros = zeros * shrink[:, None] + w * _zero(scales, 1, inverse, HALF)[None, :]
         new = ()
         for i in tl.static_range(P):
             new += (product(w.to(dt), code(v, i, F[0], bits, HALF, dt), acc[i] * shrink[:, None]),)
@@ -185,7 +192,7 @@ def _units(
     V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # words of a token
     G: tl.constexpr = F[3] // P  # words of a group of channels
     dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
-    d, dv, g = tl.arange(0, DP), tl.arange(0, V), tl.arange(0, V // G)
+    d, dv = tl.arange(0, DP), tl.arange(0, V)
     x, size_of = _rows(q, rows, 1, D, DP, RP, dt)
     acc = ()
     for _ in tl.static_range(P):
@@ -206,10 +213,7 @@ def _units(
         there, at = n < stop * group, base * group + n
         seen = there[:, None] & (dv < DV // P)[None, :]
         v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=seen, other=0)
-        seen = there[:, None] & (g < DV // F[3])[None, :]
-        place = at[:, None] * (DV // F[3]) + g[None, :]
-        v_scale = _repeated(tl.load(p[6] + place, mask=seen, other=0.0), G).to(dt)
-        v_zero = _repeated(tl.load(p[7] + place, mask=seen, other=0.0), G).to(dt)
+        v_scale, v_zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
         s = ()
         for i in tl.static_range(P):
             s += (product(x[0], tl.fma(code(k, i, 2, F[1], 0, dt), k_scale, k_zero)),)
@@ -222,6 +226,68 @@ def _units(
             new += (product(w.to(dt), y, acc[i] * shrink[:, None]),)
         acc = new
     return m, tl.sum(l, 1), woven(acc, P)
+
+
+@triton.jit
+def _grid(scale, zero, at, there, size: tl.constexpr, channels: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr, dt):
+    """Scales and zeros of some tokens' words. size: channels of a token; G: words of a group."""
+    g = tl.arange(0, WORDS // G)
+    seen = there[:, None] & (g < size // channels)[None, :]
+    place = at[:, None] * (size // channels) + g[None, :]
+    scale = _repeated(tl.load(scale + place, mask=seen, other=0.0), G).to(dt)
+    return scale, _repeated(tl.load(zero + place, mask=seen, other=0.0), G).to(dt)
+
+
+@triton.jit
+def _groups(
+    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token a slot, with a scale and zero per group of channels."""
+    P: tl.constexpr = 16 // F[1]  # codes a word holds
+    K: tl.constexpr = DP // P if DP // P > 16 else 16  # words of a key
+    V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # and of a value
+    G: tl.constexpr = F[3] // P  # and of a group
+    dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    d, dv = tl.arange(0, K), tl.arange(0, V)
+    x, size_of = _rows(q, rows, P, D, K, RP, dt)
+    acc = ()
+    for _ in tl.static_range(P):
+        acc += (tl.zeros([RP, V], tl.float32),)
+    m = tl.full([RP], float("-inf"), tl.float32)
+    l = tl.zeros([RP, BLOCK], tl.float32)
+    for t in range(start, stop, BLOCK):
+        n = t + tl.arange(0, BLOCK)
+        there, at = n < stop, base + n
+        seen_k = there[:, None] & (d < D // P)[None, :]
+        seen_v = there[:, None] & (dv < DV // P)[None, :]
+        k = tl.load(p[0] + at[:, None] * (D // P) + d[None, :], mask=seen_k, other=0)
+        v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=seen_v, other=0)
+        size, zero = _grid(p[4], p[5], at, there, D, F[3], K, G, dt)
+        s = tl.zeros([RP, BLOCK], tl.float32)
+        for i in tl.static_range(P):
+            s = product(x[i], tl.trans(tl.fma(code(k, i, 4, F[1], 0, dt), size, zero)), s)
+        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, at, there, softcap, CAPPED), m)
+        l = l * shrink[:, None] + w
+        size, zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
+        new = ()
+        for i in tl.static_range(P):
+            y = tl.fma(code(v, i, 4, F[1], 0, dt), size, zero)
+            new += (product(w.to(dt), y, acc[i] * shrink[:, None]),)
+        acc = new
+    return m, tl.sum(l, 1), woven(acc, P)
+
+
+@triton.jit
+def _mixed(x, matrix, C: tl.constexpr):
+    """Every C columns of x [rows,columns] times a matrix [C,C]; not by tl.dot, which spills such small ones."""
+    c = tl.arange(0, C)
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // C, C))
+    y = tl.zeros(x.shape, tl.float32)
+    for i in range(C):
+        column = tl.sum(tl.where(c[None, None, :] == i, x, 0.0), 2)
+        y += column[:, :, None] * tl.load(matrix + i * C + c)[None, None, :]
+    return tl.reshape(y, (x.shape[0], x.shape[1] * C))
 
 
 @triton.jit
@@ -257,15 +323,20 @@ def _ask(
         m, l, acc = _tokens(x, p, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 2:
         m, l, acc = _units(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+    elif F[0] == 4:
+        m, l, acc = _groups(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     else:
         m, l, acc = _codes(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
+    acc /= l[:, None]
+    if p[10] is not None:
+        acc = _mixed(acc, p[10] + (bh // H) * F[3] * F[3], F[3])
     place = (bh.to(tl.int64) * splits + part) * R + r
     tl.store(lse + place, tl.where(empty, float("-inf"), m + tl.log(l)), mask=r < R)
     dv = tl.arange(0, acc.shape[1])
     here = (r < R)[:, None] & (dv < DV)[None, :]
-    tl.store(o + place[:, None] * DV + dv[None, :], acc / l[:, None], mask=here)
+    tl.store(o + place[:, None] * DV + dv[None, :], acc, mask=here)
 
 
 @triton.jit(do_not_specialize=["splits", "skip", *LENGTHS])

@@ -18,8 +18,8 @@ from calidrop.ops.gpu._shared import launch, padded
 from calidrop.ops.gpu._split import SLOTS, _split
 from calidrop.ops.piece import Piece
 
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3}
-COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens and own queries
+KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3, "per group": 4}
+COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens, own queries and `mix`
 LEAST = 256  # tokens worth a program
 Tile = tuple[int, int, int]  # tokens at a time, warps, pipeline stages
 # by kind and bits, for up to 16 rows of 128 channels of half precision
@@ -29,9 +29,10 @@ TILES = {
     ("e4m3", 8): (128, 4, 3),
     ("per channel", 8): (64, 2, 3),
     ("per channel", 4): (64, 2, 3),
+    ("per group", 4): (64, 4, 3),
 }
 # warps divide the columns of a product: where it has 16, the words of a value, all but one would be idle
-NARROW = {"per token": (32, 1, 3), "per channel": (64, 1, 3), "e4m3": (64, 1, 3)}
+NARROW = {"per token": (32, 1, 3), "per channel": (64, 1, 3), "e4m3": (64, 1, 3), "per group": (64, 1, 3)}
 
 
 @functools.cache
@@ -123,7 +124,7 @@ def _told(
     for i, p in enumerate(pieces):
         pitch = p.pitch()
         assert pitch is not None
-        columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens, _own(p))
+        columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens, _own(p), p.mix)
         width = D if p.q is None else p.q.shape[-1]
         turn = (width & -width) if p.rotate else 1
         args += [columns, p.slots, *pitch, per[i], ends[i]]
