@@ -123,7 +123,7 @@ CODED = [
     "adakv(budget=300, recent=9)+int4",
     "adakv(budget=300, recent=9)+kivi(bits=2)",
     "snapkv(budget=200, recent=9)+calidrop",
-    *(f"h2o(budget=100)+mikv(bits={bits}{more})" for bits in (2, 4) for more in ("", ", balancer=False")),
+    *(f"h2o(budget=100)+mikv(bits={bits}{more})" for bits in (2, 3, 4) for more in ("", ", balancer=False")),
     *(
         f"think(keep={keep}, recent=5){more}"
         for keep in (0.5, 0.6)
@@ -205,7 +205,7 @@ def test_codes(flags, recipe, D, monkeypatch):
         *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (32, 64, 96, 128, 256)),
         *(("fp8(residual=5)", D) for D in cpu.HEAD_DIMS),
         *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
-        *(("h2o(budget=.5)+mikv(bits=4)", D) for D in (32, 64, 96, 128, 256)),
+        *((f"h2o(budget=.5)+mikv(bits={bits})", D) for bits in (3, 4) for D in (32, 64, 96, 128, 256)),
         *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),
         *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (24, 40, 72, 80, 112, 192, 320)),
         *(("fp8(residual=5)", D) for D in (24, 40, 112, 320)),

@@ -18,7 +18,7 @@ from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes
-from helpers import check_holdings, predictor
+from helpers import check_holdings, kernels, predictor
 from tiny import soft
 
 EVICTORS = [
@@ -83,6 +83,13 @@ def steps(prompts):
     for length in prompts:
         yield length
         yield from [1] * 11
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_torch():
+    """To the last digits: how much kernels round is in test_kernel."""
+    with pytest.MonkeyPatch.context() as patch, kernels(patch, "torch"):
+        yield
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -12,7 +12,7 @@ from calidrop import ops
 from calidrop.layer import LayerKV
 from calidrop.plugin import _sliding, using
 from calidrop.state import held_bytes
-from helpers import predictor
+from helpers import kernels, predictor
 from tiny import FAMILIES, batch, generate, row, soft, tiny, worst
 
 SOFT = soft(tiny())
@@ -80,13 +80,14 @@ def test_compressing_works_on_every_kind_of_layer(family):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_padded_row_equals_row_alone(llama, recipe):
+def test_padded_row_equals_row_alone(llama, recipe, monkeypatch):
     inputs = batch(3, 61, (0, 13, 50))  # the last one is shorter than the recent window of most recipes
-    tokens, logits = generate(llama, inputs, calidrop.KVCache(llama, recipe))
-    for i in range(3):
-        alone, alone_logits = generate(llama, row(inputs, i), calidrop.KVCache(llama, recipe))
-        assert worst(logits[i : i + 1], alone_logits) < 2e-4, f"row {i}"
-        assert torch.equal(tokens[i : i + 1], alone)
+    with kernels(monkeypatch, "torch"):  # one that rounds queries to 16 bits may flip a code of the next layer
+        tokens, logits = generate(llama, inputs, calidrop.KVCache(llama, recipe))
+        for i in range(3):
+            alone, alone_logits = generate(llama, row(inputs, i), calidrop.KVCache(llama, recipe))
+            assert worst(logits[i : i + 1], alone_logits) < 2e-4, f"row {i}"
+            assert torch.equal(tokens[i : i + 1], alone)
 
 
 def forced(model, inputs, cache, tokens):

@@ -76,8 +76,6 @@ class Balanced(Coded):
         return k / self.balance[:, :, 0], v
 
     def layout(self, q: Tensor) -> dict[str, Any]:
-        if self.bits == 3:
-            return {}
         return {"kind": "per group", "bits": self.bits, "channels": self.channels, "q": self.turn(q).to(q.dtype)}
 
     def format(self) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -43,17 +44,9 @@ class _Array(ctypes.Structure):
     _fields_ = [("p", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("row", "head", "slot"))]
 
 
-class _Piece(ctypes.Structure):
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in ("kind", "dtype", "bits", "group", "channels", "rotate", "width")),
-        ("tiers", ctypes.c_int32 * 3),
-        ("q", ctypes.c_void_p),
-        ("mix", ctypes.c_void_p),
-        ("slots", ctypes.c_int64),
-        ("lens", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        *((n, _Array) for n in ARRAYS),
-    ]
+# struct Piece of pieces.h. Packed at once: filling a ctypes.Structure field by field takes three times as long.
+_PIECE = struct.Struct("@10i2Qq2Q" + "Q3q" * len(ARRAYS))
+_PLACE = {name: 4 * i for i, name in enumerate(ARRAYS)}
 
 
 class Kernel:
@@ -155,8 +148,9 @@ def unread(x: Piece, qs: Queries) -> str:
         return "" if dtype in DTYPES else f"tokens are {dtype}"
     if x.kind in ("per token", "e4m3"):
         return ""
-    per_vector = 8 * 8 // x.bits  # the narrowest vector is eight bytes of codes
-    fits = x.channels % per_vector == 0 and x.bits in (2, 4, 8)
+    wide = 4 if x.bits == 3 and x.kind == "per group" else x.bits  # as they are read
+    per_vector = 8 * 8 // wide  # the narrowest vector is eight bytes of codes
+    fits = x.channels % per_vector == 0 and wide in (2, 4, 8)
     if x.kind == "per channel":
         fits = fits and x.group % per_vector == 0
     if x.kind == "per group":
@@ -178,10 +172,10 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     q = qs.q.float().contiguous()
     out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
-    told = (_Piece * len(parts))(*(_told(p, q, keep) for p in parts))
+    told = [_told(p, q, keep) for p in parts]
     kernel().decode(
         out.data_ptr(), lse.data_ptr(), None, B, H, Hq // H * T, Dv,
-        qs.scale, qs.softcap or 0.0, told, len(told), torch.get_num_threads(),
+        qs.scale, qs.softcap or 0.0, _behind(told), len(told), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -202,13 +196,11 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
     out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
     told = []
     for k, v, starts, lens in lists:
-        piece = _Piece(KINDS["exact"], DTYPES[k.dtype], group=1, width=D)
-        piece.q, piece.lens, piece.starts = q.data_ptr(), lens.data_ptr(), starts.data_ptr()
-        piece.k, piece.v = (_Array(x.data_ptr(), 0, 0, x.stride(0) * x.element_size()) for x in (k, v))
-        told.append(piece)
+        at = q.data_ptr(), lens.data_ptr(), starts.data_ptr()
+        told.append(_packed({"k": _flat(k), "v": _flat(v)}, KINDS["exact"], DTYPES[k.dtype], width=D, at=at))
     kernel().decode(
-        out.data_ptr(), lse.data_ptr(), mean.data_ptr(), P, 1, G, Dv, scale, 0.0, (_Piece * len(told))(*told),
-        len(told), torch.get_num_threads(),
+        out.data_ptr(), lse.data_ptr(), mean.data_ptr(), P, 1, G, Dv, scale, 0.0, _behind(told), len(told),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out, lse, mean
 
@@ -260,32 +252,57 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     return last
 
 
+_Place = tuple[int, int, int, int]
+
+
 def _array(x: Tensor) -> _Array:
-    """x: [row, head, slot, ...]."""
+    return _Array(*_strided(x))
+
+
+def _strided(x: Tensor) -> _Place:
+    """x: [row, head, slot, ...]: where it lies, and its strides in bytes."""
     size = x.element_size()
     row, head, slot = x.stride()[:3]
-    return _Array(x.data_ptr(), row * size, head * size, slot * size)
+    return x.data_ptr(), row * size, head * size, slot * size
 
 
-def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> _Piece:
+def _flat(x: Tensor) -> _Place:
+    """x: [slot, ...]"""
+    return x.data_ptr(), 0, 0, x.stride(0) * x.element_size()
+
+
+def _packed(
+    columns: dict[str, _Place], kind: int, dtype: int = 0, bits: int = 0, group: int = 1, channels: int = 0,
+    rotate: bool = False, width: int = 0, tiers: tuple[int, int, int] = (0, 0, 0), mix: int = 0, slots: int = 0,
+    at: tuple[int, int, int] = (0, 0, 0),
+) -> bytes:  # fmt: skip
+    """at: where queries, lens and starts lie."""
+    arrays = [0] * (4 * len(ARRAYS))
+    for name, place in columns.items():
+        arrays[_PLACE[name] : _PLACE[name] + 4] = place
+    q, lens, starts = at
+    sizes = kind, dtype, bits, group, channels, rotate, width, *tiers
+    return _PIECE.pack(*sizes, q, mix, slots, lens, starts, *arrays)
+
+
+def _behind(told: Sequence[bytes]) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(b"".join(told), _PIECE.size * len(told))
+
+
+def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> bytes:
     """q: of pieces that have none of their own. keep: tensors made on the way, which must outlive the call."""
     if not isinstance(part, Piece):
         o, lse = (x.float().contiguous() for x in part)
         keep += [o, lse]
-        return _Piece(kind=ANSWERED, k=_Array(o.data_ptr()), v=_Array(lse.data_ptr()))
-    flat = part.lens is not None
-    first = part.columns["k16" if part.kind == "tiers" else "k"]
-    told = _Piece(KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate)
-    told.tiers[:] = part.tiers
-    if part.mix is not None:
-        told.mix = part.mix.data_ptr()
+        return _packed({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, ANSWERED)
     if part.q is not None:
         q = part.q.float().contiguous()
         keep.append(q)
-    told.q, told.width = q.data_ptr(), q.shape[-1]
-    told.slots = 0 if flat else first.shape[2]
-    if part.lens is not None:
-        told.lens = part.lens.data_ptr()
-    for name, x in part.columns.items():
-        setattr(told, name, _Array(x.data_ptr(), 0, 0, x.stride(0) * x.element_size()) if flat else _array(x))
-    return told
+    flat = part.lens is not None
+    first = part.columns["k16" if part.kind == "tiers" else "k"]
+    return _packed(
+        {name: _flat(x) if flat else _strided(x) for name, x in part.columns.items()},
+        KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate, q.shape[-1],
+        part.tiers, 0 if part.mix is None else part.mix.data_ptr(), 0 if flat else first.shape[2],
+        (q.data_ptr(), part.lens.data_ptr() if part.lens is not None else 0, 0),
+    )  # fmt: skip

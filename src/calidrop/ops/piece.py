@@ -57,7 +57,7 @@ class Piece:
         read them."""
         columns = {name: held.data[name] for name in names if name in held.data}
         lens = None if held.uniform else held.lens
-        width = held.data["v"].shape[-1] * (8 // layout.get("bits", 8))
+        width = held.data["v"].shape[-1] * 8 // layout.get("bits", 8)
         heads = held.lens.shape[1]
         return Piece(
             columns=columns, lens=lens, heads=heads, value_dim=width, answer=answer, slots=held.longest, **layout

@@ -7,6 +7,7 @@ namespace {
 struct Scratch {
   std::vector<float> q, s, w, scores, own, zeros, scale, zero, straight;
   std::vector<int> k_order, v_order;
+  std::vector<char> keys, values;
 #ifdef CALIDROP_VNNI
   vnni::Words right;
 #endif
@@ -14,6 +15,7 @@ struct Scratch {
     q.resize(c.R * x.D), s.resize(c.R * BLOCK), w.resize(c.R * BLOCK), straight.resize(c.Dv);
   }
 };
+
 // sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_order`
 template <int BITS, int L>
 void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int R, int w_width, float* to, int width) {
@@ -266,6 +268,22 @@ void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int 
   }
 }
 
+// n rows of codes of 3 bits, eight in three bytes, as rows of codes of 4
+inline void widen(const char* from, int64_t step, int n, int codes, std::vector<char>& to) {
+  to.resize(static_cast<size_t>(BLOCK) * codes / 2);
+  for (int t = 0; t < n; ++t) {
+    const auto* row = reinterpret_cast<const uint8_t*>(from + t * step);
+    for (int i = 0; i < codes / 8; ++i) {
+      uint32_t x = row[3 * i] | row[3 * i + 1] << 8 | row[3 * i + 2] << 16;
+      x = (x & 0x000fffu) | (x & 0xfff000u) << 4;
+      x = (x & 0x003f003fu) | (x & 0x0fc00fc0u) << 2;
+      x = (x & 0x07070707u) | (x & 0x38383838u) << 1;
+      std::memcpy(to.data() + (static_cast<size_t>(t) * codes / 8 + i) * 4, &x, 4);
+    }
+  }
+}
+
+// BITS: 4 where the piece has 3
 template <int BITS>
 void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
   constexpr int PER = 8 / BITS;
@@ -284,14 +302,21 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
         zero_q[r * groups + g] += y;
       }
   alignas(64) float scale[BLOCK], zero[BLOCK];
+  const bool widened = x.bits != BITS;
+  const int64_t step = widened ? x.D / PER : x.k.slot, v_step = widened ? c.Dv / PER : x.v.slot;
   for (int64_t t = at.from; t < at.to; t += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+    const char *k = p.k + t * x.k.slot, *v = p.v + t * x.v.slot;
+    if (widened) {
+      widen(k, x.k.slot, n, x.D, w.keys), widen(v, x.v.slot, n, c.Dv, w.values);
+      k = w.keys.data(), v = w.values.data();
+    }
     for (int g = 0; g < groups; ++g) {
-      const char* first = p.k + t * x.k.slot + g * bytes;
+      const char* first = k + g * bytes;
       if (bytes % 16 == 0)
-        dots_by<BITS, 16>(first, x.k.slot, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
+        dots_by<BITS, 16>(first, step, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
       else
-        dots_by<BITS, 8>(first, x.k.slot, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
+        dots_by<BITS, 8>(first, step, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
       halves(p.k_scale + t * x.k_scale.slot + 2 * g, x.k_scale.slot, n, scale);
       halves(p.k_zero + t * x.k_zero.slot + 2 * g, x.k_zero.slot, n, zero);
       for (int r = 0; r < c.R; ++r) {
@@ -304,7 +329,7 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     for (int g = 0; g < v_groups; ++g) {
       halves(p.v_scale + t * x.v_scale.slot + 2 * g, x.v_scale.slot, n, scale);
       halves(p.v_zero + t * x.v_zero.slot + 2 * g, x.v_zero.slot, n, zero);
-      weigh_group<BITS>(c, x, p.v + t * x.v.slot + g * bytes, x.v.slot, n, g, scale, zero, zero_v, a, w);
+      weigh_group<BITS>(c, x, v + g * bytes, v_step, n, g, scale, zero, zero_v, a, w);
     }
   }
   straighten(c, x, zero_v, a, w);
@@ -316,7 +341,7 @@ void calidrop::ask_groups(const Call& c, const Piece& x, const Stretch& at, Answ
   thread_local Scratch w;
   w.size(c, x);
   if (x.kind == PER_GROUP) {
-    if (x.bits == 4) per_group<4>(c, x, at, a, w);
+    if (x.bits == 4 || x.bits == 3) per_group<4>(c, x, at, a, w);
     if (x.bits == 2) per_group<2>(c, x, at, a, w);
   } else if (x.kind == TIERS) {
     if (x.bits == 8) tiers<8>(c, x, at, a, w);

@@ -72,13 +72,12 @@ template <int BITS> void orders(int D, int Dv, [[maybe_unused]] bool tiles, Scra
 }
 
 // every c of n channels times a matrix
-inline void mixed(const float* matrix, int c, float* o, int n, float* room) {
+inline void mixed(const float* matrix, int c, float* __restrict o, int n, float* __restrict room) {
   std::memcpy(room, o, sizeof(float) * n);
-  for (int d = 0; d < n; ++d) {
-    float total = 0.0f;
-    for (int i = 0; i < c; ++i) total += room[d / c * c + i] * matrix[i * c + d % c];
-    o[d] = total;
-  }
+  std::fill(o, o + n, 0.0f);
+  for (int g = 0; g < n; g += c)
+    for (int i = 0; i < c; ++i)
+      for (int d = 0; d < c; ++d) o[g + d] += room[g + i] * matrix[i * c + d];
 }
 
 template <int BITS>

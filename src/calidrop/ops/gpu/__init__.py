@@ -58,8 +58,8 @@ def unread(x: Piece, qs: Queries) -> str:
         return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}"
     if x.pitch() is None:
         return "stored columns do not lie side by side"
-    if x.kind == "tiers":
-        return "channels of several widths are not for GPUs"
+    if x.kind == "tiers" or x.bits == 3:
+        return f"{'codes of 3 bits' if x.bits == 3 else 'channels of several widths'} are not for GPUs"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
         return f"tokens are {x.columns['k'].dtype}"
     if any(c.dtype == torch.uint8 and c.shape[-1] % 2 for c in (x.columns["k"], x.columns["v"])):
