@@ -49,7 +49,9 @@ struct Fixed {
   }
   // row r becomes x[0..n), the rest of it 0
   void set(int r, const float* x, int n) {
-    step[r] = vnni::step_of(x, n);
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 16) most = _mm512_max_epu32(most, vnni::size_of(head(x + i, n - i)));
+    step[r] = vnni::step_of(most);
     const float inverse = step[r] > 0.0f ? 1.0f / step[r] : 0.0f;
     int8_t *h = lines[r * width].of, *l = lines[(8 + r) * width].of;
     V rest = {};
@@ -198,7 +200,7 @@ template <int BITS> inline void scores(int n, const Fixed& q, int R, float* s, B
     for (int r = 0; r < R; ++r) {
       const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(x[8 + r]));
       const __m512 more = _mm512_set1_ps(MIDDLE<BITS> * q.lost[r]);
-      _mm512_storeu_ps(s + r * BLOCK + t, _mm512_fmadd_ps(y, _mm512_set1_ps(q.step[r]), more));
+      _mm512_storeu_ps(s + r * SCORES + t, _mm512_fmadd_ps(y, _mm512_set1_ps(q.step[r]), more));
     }
   }
 }

@@ -45,11 +45,13 @@ using namespace calidrop;
 
 namespace {
 
-// scores [R][BLOCK] of n tokens become weights against the running maximum; o and l are rescaled
+// scores [R][SCORES] of n tokens become weights against the running maximum, 0 behind them to a whole vector; o and l are
+// rescaled
 inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
                     int64_t bias_slot) {
+  const int end = whole_vectors(n);
   for (int r = 0; r < a.R; ++r) {  // rows are independent: what one waits for, another computes
-    float* x = s + r * BLOCK;
+    float* x = s + r * SCORES;
     if (softcap > 0.0f)
       for (int t = 0; t < n; ++t) x[t] = softcap * std::tanh(x[t] / softcap);
     if (bias)
@@ -57,10 +59,10 @@ inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, 
     if (pos)
       for (int t = 0; t < n; ++t)
         if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
-    for (int t = n; t < BLOCK; ++t) x[t] = NONE;
+    for (int t = n; t < end; ++t) x[t] = NONE;
     V top = load<V>(x);
     Lanes<16>::I odd = top != top;
-    for (int t = 16; t < BLOCK; t += 16) {
+    for (int t = 16; t < end; t += 16) {
       V y = load<V>(x + t);
       odd |= y != y;
       top = y > top ? y : top;
@@ -78,10 +80,10 @@ inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, 
     }
   }
   for (int r = 0; r < a.R; ++r) {
-    float* x = s + r * BLOCK;
+    float* x = s + r * SCORES;
     const float m = a.m[r] == NONE ? 0.0f : a.m[r];  // nothing visible so far: all weigh e^-inf
     V total = {};
-    for (int t = 0; t < BLOCK; t += 16) {
+    for (int t = 0; t < end; t += 16) {
       V y = exp(load<V>(x + t) - m);
       store(x + t, y);
       total += y;

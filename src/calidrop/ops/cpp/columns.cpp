@@ -44,7 +44,7 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
   };
   const auto scratch = [&] {
     const size_t all = R < FEW ? 0 : static_cast<size_t>(BLOCK) * c.D;
-    return Scratch{std::vector<float>(all, 0.0f), std::vector<float>(std::max<int>(ROWS, FEW) * BLOCK)};
+    return Scratch{std::vector<float>(all, 0.0f), std::vector<float>(std::max(ROWS * BLOCK, FEW * SCORES))};
   };
   each(c.B * c.H * blocks, threads, scratch, [&](int64_t task, Scratch& w) {
     const int64_t bh = task / blocks, b = bh / c.H, from = task % blocks * BLOCK;
@@ -58,7 +58,7 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
     };
     if (R < FEW) {
       dots_of<F>(c.D, x.k, c.k.slot, q, w.s.data(), x.n, static_cast<int>(R));
-      for (int64_t r = 0; r < R; ++r) weights(r, w.s.data() + r * BLOCK);
+      for (int64_t r = 0; r < R; ++r) weights(r, w.s.data() + r * SCORES);
     } else {
       lay<F>(x.k, x.n, c.k.slot, c.D, w.laid.data());
       for (int64_t r = 0; r < R; r += ROWS) {

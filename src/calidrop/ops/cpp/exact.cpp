@@ -11,7 +11,7 @@ struct Scratch {
 // queries times the scale of the logits, in rows of `width` that zeros fill up
 inline void scaled(const Call& c, const Piece& x, const Stretch& at, int width, Scratch& w) {
   const float* q = c.queries(x, at);
-  w.q.resize(c.R * width), w.s.resize(c.R * BLOCK);
+  w.q.resize(c.R * width), w.s.resize(c.R * SCORES);
   float* to = w.q.data();
   for (int r = 0; r < c.R; ++r) {
     for (int d = 0; d < x.D; ++d) to[r * width + d] = q[r * x.D + d] * c.scale;
@@ -26,8 +26,8 @@ void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
   const Rows keys(p.k, x.k.slot, x.D * F::BITS / 8, D * F::BITS / 8, w.keys);
   const Rows values(p.v, x.v.slot, c.Dv * F::BITS / 8, Dv * F::BITS / 8, w.values);
   scaled(c, x, at, D, w);
-  for (int64_t t = at.from; t < at.to; t += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+  for (int64_t t = at.from; t < at.to; t += SCORES) {
+    const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));
     const char* k = keys.at(t, n);
     dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
@@ -42,14 +42,14 @@ void float8(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch
   const int D = width_of<E4M3>(x.D), Dv = width_of<E4M3>(c.Dv);
   const Rows keys(p.k, x.k.slot, x.D, D, w.keys), values(p.v, x.v.slot, c.Dv, Dv, w.values);
   scaled(c, x, at, D, w);
-  alignas(64) float scale[BLOCK];
+  alignas(64) float scale[SCORES];
   const auto by_scale = [&](const Array& of, const char* first, int64_t t, int n) {
     halves(first + t * of.slot, of.slot, n, scale);
     for (int r = 0; r < c.R; ++r)
-      for (int i = 0; i < n; ++i) w.s[r * BLOCK + i] *= scale[i];
+      for (int i = 0; i < n; ++i) w.s[r * SCORES + i] *= scale[i];
   };
-  for (int64_t t = at.from; t < at.to; t += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+  for (int64_t t = at.from; t < at.to; t += SCORES) {
+    const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));
     dots_of<E4M3>(D, keys.at(t, n), keys.step, w.q.data(), w.s.data(), n, c.R);
     by_scale(x.k_scale, p.k_scale, t, n);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);

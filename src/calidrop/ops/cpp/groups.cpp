@@ -5,23 +5,28 @@
 namespace {
 
 struct Scratch {
-  std::vector<float> q, s, w, scores, own, zeros, scale, zero, straight;
+  std::vector<float> q, s, x, w, scores, own, zeros, scale, zero, straight;
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
 #ifdef CALIDROP_VNNI
-  vnni::Words right;
+  vnni::Words<false> right;
 #endif
   void size(const Call& c, const Piece& x) {
-    q.resize(c.R * x.D), s.resize(c.R * BLOCK), w.resize(c.R * BLOCK), straight.resize(c.Dv);
+    q.resize(c.R * x.D), s.resize(c.R * SCORES), w.resize(c.R * SCORES), straight.resize(c.Dv);
   }
 };
+
+// the b-th codes of L bytes
+template <int BITS, int L> inline typename Lanes<L>::F opened(typename Lanes<L>::B x, int b) {
+  const auto code = (x >> static_cast<uint8_t>(BITS * b)) & static_cast<uint8_t>((1 << BITS) - 1);
+  return __builtin_convertvector(__builtin_convertvector(code, typename Lanes<L>::I), typename Lanes<L>::F);
+}
 
 // sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_order`
 template <int BITS, int L>
 void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int R, int w_width, float* to, int width) {
   using F = typename Lanes<L>::F;
   constexpr int PER = 8 / BITS;
-  constexpr uint8_t MASK = (1 << BITS) - 1;
   const int bytes = codes / PER;
   for (int r0 = 0; r0 < R; r0 += 4) {
     const int rows = std::min(4, R - r0);
@@ -30,8 +35,7 @@ void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int 
       for (int t = 0; t < n; ++t) {
         const auto x = load<typename Lanes<L>::B>(p + t * step + j * L);
         for (int b = 0; b < PER; ++b) {
-          const F f = __builtin_convertvector(
-              __builtin_convertvector((x >> static_cast<uint8_t>(BITS * b)) & MASK, typename Lanes<L>::I), F);
+          const F f = opened<BITS, L>(x, b);
           for (int r = 0; r < rows; ++r) sum[r][b] += f * w[(r0 + r) * w_width + t];
         }
       }
@@ -45,24 +49,28 @@ void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int 
   }
 }
 
+// sums over n rows of `codes` codes of x times scale times code
 template <int BITS>
-void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, int x_width, float* to, int width,
-          Scratch& w) {
+void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, int x_width, const float* scale, float* to,
+          int width, Scratch& w) {
 #ifdef CALIDROP_VNNI
   if (vnni::fits(codes)) {
     for (int i = 0; i < n; i += vnni::ROWS) {
       const int some = std::min(vnni::ROWS, n - i);
       w.right.size(R, some);
-      w.right.set(x + i, x_width, some);
-      vnni::rows<BITS>(p + i * step, step, some, codes, w.right, R, to, width, {p, 0});
+      w.right.set(x + i, x_width, some, scale + i);
+      vnni::rows<BITS>(p + i * step, step, some, codes, w.right, R, to, width);
     }
     return;
   }
 #endif
+  w.x.resize(R * n);
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < n; ++t) w.x[r * n + t] = x[r * x_width + t] * scale[t];
   if (codes * BITS / 8 % 16 == 0)
-    rows_of<BITS, 16>(p, step, n, codes, x, R, x_width, to, width);
+    rows_of<BITS, 16>(p, step, n, codes, w.x.data(), R, n, to, width);
   else
-    rows_of<BITS, 8>(p, step, n, codes, x, R, x_width, to, width);
+    rows_of<BITS, 8>(p, step, n, codes, w.x.data(), R, n, to, width);
 }
 
 template <int BITS> void row_order(int codes, std::vector<int>& order) {
@@ -86,12 +94,9 @@ template <int BITS>
 void weigh_group(const Call& c, const Piece& x, const char* v, int64_t step, int n, int g, const float* scale,
                  const float* zero, float* zeros, Answer& a, Scratch& w) {
   const int groups = c.Dv / x.channels;
-  for (int r = 0; r < c.R; ++r) {
-    const float* s = w.s.data() + r * BLOCK;
-    for (int t = 0; t < n; ++t) w.w[r * BLOCK + t] = s[t] * scale[t];
-    zeros[r * groups + g] = zeros[r * groups + g] * a.shrink[r] + inner(s, zero, n);
-  }
-  rows<BITS>(v, step, n, x.channels, w.w.data(), c.R, BLOCK, a.o.data() + g * x.channels, a.D, w);
+  for (int r = 0; r < c.R; ++r)
+    zeros[r * groups + g] = zeros[r * groups + g] * a.shrink[r] + inner(w.s.data() + r * SCORES, zero, n);
+  rows<BITS>(v, step, n, x.channels, w.s.data(), c.R, SCORES, scale, a.o.data() + g * x.channels, a.D, w);
 }
 
 // puts the answer out of the order of `row_order`, and adds what zeros do
@@ -124,9 +129,7 @@ void ask_channels(const Call& c, const char* k, int64_t step, const char* scales
   w.scale.resize(channels + 16), w.zero.resize(channels + 16), w.own.assign((c.R + 1) * n, 0.0f);
   halves(scales, slot, channels, w.scale.data());
   halves(zeros, slot, channels, w.zero.data());
-  for (int r = 0; r < c.R; ++r)
-    for (int d = 0; d < channels; ++d) w.q[r * channels + d] = q[r * wide + d] * w.scale[d];
-  rows<BITS>(k, step, channels, n, w.q.data(), c.R, channels, w.own.data(), n, w);
+  rows<BITS>(k, step, channels, n, q, c.R, wide, w.scale.data(), w.own.data(), n, w);
   float* straight = w.own.data() + c.R * n;
   for (int r = 0; r < c.R; ++r) {
     const float offset = inner(q + r * wide, w.zero.data(), channels);
@@ -143,16 +146,16 @@ void weigh_tokens(const Call& c, const Piece& x, const char* v, const char* scal
                   int tokens, int width, float* zero_sums, Answer& a, Scratch& w) {
   constexpr int PER = 8 / BITS;
   const int groups = c.Dv / x.channels, row = c.Dv / PER;
-  w.scale.resize(BLOCK * groups), w.zero.resize(BLOCK * groups);
-  for (int t0 = 0; t0 < tokens; t0 += BLOCK) {
-    const int n = std::min(BLOCK, tokens - t0);
+  w.scale.resize(SCORES * groups), w.zero.resize(SCORES * groups);
+  for (int t0 = 0; t0 < tokens; t0 += SCORES) {
+    const int n = std::min(SCORES, tokens - t0);
     for (int r = 0; r < c.R; ++r)
-      std::memcpy(w.s.data() + r * BLOCK, w.scores.data() + r * width + t0, sizeof(float) * n);
+      std::memcpy(w.s.data() + r * SCORES, w.scores.data() + r * width + t0, sizeof(float) * n);
     softmax(a, w.s.data(), n, c.softcap, pos ? pos + 4 * t0 : nullptr, 4, nullptr, 0);
     halves(scales + 2L * t0 * groups, 2, n * groups, w.scale.data());
     halves(zeros + 2L * t0 * groups, 2, n * groups, w.zero.data());
     for (int g = 0; g < groups; ++g) {
-      alignas(64) float scale[BLOCK], zero[BLOCK];
+      alignas(64) float scale[SCORES], zero[SCORES];
       every(w.scale.data() + g, groups, n, scale);
       every(w.zero.data() + g, groups, n, zero);
       const char* first = v + static_cast<int64_t>(t0) * row + g * (x.channels / PER);
@@ -171,7 +174,7 @@ void per_channel(const Call& c, const Piece& x, const Stretch& at, Answer& a, Sc
   const std::vector<int> place = places<BITS>(group, w);
   // short units share a softmax where their values lie one behind the other
   const bool behind = x.v.slot == static_cast<int64_t>(group) * row && x.v_scale.slot == 2L * group * groups;
-  const int together = behind && group < BLOCK ? BLOCK / group : 1, width = together * group;
+  const int together = behind && group < SCORES ? SCORES / group : 1, width = together * group;
   w.scores.resize(c.R * width), w.zeros.assign(c.R * groups, 0.0f);
   for (int64_t u = at.from; u < at.to; u += together) {
     const int units = static_cast<int>(std::min<int64_t>(together, at.to - u));
@@ -249,7 +252,6 @@ template <int BITS, int L>
 void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int R, int q_width, float* s) {
   using F = typename Lanes<L>::F;
   constexpr int PER = 8 / BITS;
-  constexpr uint8_t MASK = (1 << BITS) - 1;
   const int bytes = codes / PER;
   for (int r0 = 0; r0 < R; r0 += 4) {
     const int rows = std::min(4, R - r0);
@@ -258,19 +260,18 @@ void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int 
       for (int j = 0; j < bytes / L; ++j) {
         const auto x = load<typename Lanes<L>::B>(p + t * step + j * L);
         for (int b = 0; b < PER; ++b) {
-          const F f = __builtin_convertvector(
-              __builtin_convertvector((x >> static_cast<uint8_t>(BITS * b)) & MASK, typename Lanes<L>::I), F);
+          const F f = opened<BITS, L>(x, b);
           for (int r = 0; r < rows; ++r) total[r] += f * load<F>(q + (r0 + r) * q_width + b * bytes + j * L);
         }
       }
-      for (int r = 0; r < rows; ++r) s[(r0 + r) * BLOCK + t] = sum(total[r]);
+      for (int r = 0; r < rows; ++r) s[(r0 + r) * SCORES + t] = sum(total[r]);
     }
   }
 }
 
 // n rows of codes of 3 bits, eight in three bytes, as rows of codes of 4
 inline void widen(const char* from, int64_t step, int n, int codes, std::vector<char>& to) {
-  to.resize(static_cast<size_t>(BLOCK) * codes / 2);
+  to.resize(static_cast<size_t>(SCORES) * codes / 2);
   for (int t = 0; t < n; ++t) {
     const auto* row = reinterpret_cast<const uint8_t*>(from + t * step);
     for (int i = 0; i < codes / 8; ++i) {
@@ -301,11 +302,11 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
         w.q[r * x.D + g * size + d] = y;
         zero_q[r * groups + g] += y;
       }
-  alignas(64) float scale[BLOCK], zero[BLOCK];
+  alignas(64) float scale[SCORES], zero[SCORES];
   const bool widened = x.bits != BITS;
   const int64_t step = widened ? x.D / PER : x.k.slot, v_step = widened ? c.Dv / PER : x.v.slot;
-  for (int64_t t = at.from; t < at.to; t += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
+  for (int64_t t = at.from; t < at.to; t += SCORES) {
+    const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));
     const char *k = p.k + t * x.k.slot, *v = p.v + t * x.v.slot;
     if (widened) {
       widen(k, x.k.slot, n, x.D, w.keys), widen(v, x.v.slot, n, c.Dv, w.values);
@@ -320,8 +321,8 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
       halves(p.k_scale + t * x.k_scale.slot + 2 * g, x.k_scale.slot, n, scale);
       halves(p.k_zero + t * x.k_zero.slot + 2 * g, x.k_zero.slot, n, zero);
       for (int r = 0; r < c.R; ++r) {
-        float* __restrict s = w.s.data() + r * BLOCK;
-        const float *mine = w.w.data() + r * BLOCK, z = zero_q[r * groups + g];
+        float* __restrict s = w.s.data() + r * SCORES;
+        const float *mine = w.w.data() + r * SCORES, z = zero_q[r * groups + g];
         for (int i = 0; i < n; ++i) s[i] = (g ? s[i] : 0.0f) + mine[i] * scale[i] + zero[i] * z;
       }
     }
@@ -338,7 +339,8 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
 }  // namespace
 
 void calidrop::ask_groups(const Call& c, const Piece& x, const Stretch& at, Answer& a) {
-  thread_local Scratch w;
+  thread_local const std::unique_ptr<Scratch> mine(new Scratch);
+  Scratch& w = *mine;
   w.size(c, x);
   if (x.kind == PER_GROUP) {
     if (x.bits == 4 || x.bits == 3) per_group<4>(c, x, at, a, w);

@@ -10,13 +10,22 @@ struct Scratch {
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
 #ifdef CALIDROP_VNNI
-  vnni::Words left, right;
+  vnni::Words<true> left;
+  vnni::Words<false> right;
 #endif
 #ifdef CALIDROP_AMX
   amx::Fixed tile_left, tile_right;
   amx::Buffers buffers;
 #endif
 };
+
+// rows of codes that are converted to floats
+template <int BITS> struct Converted : Codes<BITS> {
+#ifdef CALIDROP_VNNI
+  static constexpr bool reads(int D) { return !vnni::fits(D); }
+#endif
+};
+
 // sums and differences of lanes HALF apart
 template <int HALF> inline V butterflies(V x) {
   V y, sign;
@@ -93,7 +102,7 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
   tiles = in_place && c.R <= amx::ROWS && amx::fits(D) && amx::fits(Dv) && amx::allowed();
 #endif
   orders<BITS>(D, Dv, tiles, w);
-  w.q.resize(c.R * D), w.s.resize(c.R * BLOCK), w.straight.resize(std::max(D, Dv));
+  w.q.resize(c.R * D), w.s.resize(c.R * SCORES), w.straight.resize(std::max(D, Dv));
   w.zeros.assign(2 * c.R, 0.0f);  // what zeros of keys add to the scores of each query, and those of values to its o
   float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R;
   for (int r = 0; r < c.R; ++r) {  // the scale of the logits goes into the queries
@@ -112,22 +121,23 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
   }
 #ifdef CALIDROP_VNNI
   if (!tiles) {
-    w.left.size(c.R, D), w.right.size(c.R, BLOCK);
+    w.left.size(c.R, D), w.right.size(c.R, SCORES);
     w.left.set(w.q.data(), D, D);
   }
 #endif
-  const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(BLOCK, at.to - t)); };
+  const int most = tiles ? 64 : SCORES;
+  const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(most, at.to - t)); };
 #ifdef CALIDROP_AMX
   std::optional<amx::Tiles> mine;
   if (tiles) {
     mine.emplace();
-    w.tile_left.size(c.R, D), w.tile_right.size(c.R, BLOCK);
+    w.tile_left.size(c.R, D), w.tile_right.size(c.R, most);
     for (int r = 0; r < c.R; ++r) w.tile_left.set(r, w.q.data() + r * D, D);
     amx::lay(w.tile_left, w.buffers);
     amx::lay_keys<BITS>(p.k + at.from * x.k.slot, x.k.slot, block(at.from), D, w.buffers);
   }
 #endif
-  alignas(64) float scale[BLOCK], zero[BLOCK];
+  alignas(64) float scale[SCORES] = {}, zero[SCORES] = {};
   // symmetric codes have no zeros of their own: theirs is the middle code
   const auto grid = [&](const char* scales, const Array& of, const char* zeros, const Array& zeros_of, int64_t t, int n) {
     halves(scales + t * of.slot, of.slot, n, scale);
@@ -136,7 +146,7 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     else
       for (int i = 0; i < n; ++i) zero[i] = scale[i] * -static_cast<float>((1 << (BITS - 1)) - 1);
   };
-  for (int64_t t = at.from; t < at.to; t += BLOCK) {
+  for (int64_t t = at.from; t < at.to; t += most) {
     const int n = block(t);
     const char *rows = keys.at(t, n), *v_rows = values.at(t, n);
 #ifdef CALIDROP_AMX
@@ -148,26 +158,34 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
 #endif
 #ifdef CALIDROP_VNNI
     if (vnni::fits(D))
-      vnni::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data(), {v_rows, values.step});
+      vnni::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data());
     else
 #endif
-      dots_of<Codes<BITS>>(D, rows, keys.step, w.q.data(), w.s.data(), n, c.R);
+      dots_of<Converted<BITS>>(D, rows, keys.step, w.q.data(), w.s.data(), n, c.R);
     grid(p.k_scale, x.k_scale, p.k_zero, x.k_zero, t, n);
     for (int r = 0; r < c.R; ++r) {
-      float* __restrict s = w.s.data() + r * BLOCK;
-      const float z = zero_q[r];
-      for (int i = 0; i < n; ++i) s[i] = s[i] * scale[i] + zero[i] * z;
+      float* s = w.s.data() + r * SCORES;
+      for (int i = 0; i < n; i += 16) store(s + i, load<V>(s + i) * load<V>(scale + i) + load<V>(zero + i) * zero_q[r]);
     }
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
     grid(p.v_scale, x.v_scale, p.v_zero, x.v_zero, t, n);
     for (int r = 0; r < c.R; ++r) {
-      float* __restrict s = w.s.data() + r * BLOCK;
-      zero_v[r] = zero_v[r] * a.shrink[r] + inner(s, zero, n);
-      for (int i = 0; i < n; ++i) s[i] *= scale[i];
+      const float* s = w.s.data() + r * SCORES;
+      V total = {};
+      for (int i = 0; i < n; i += 16) total += load<V>(s + i) * load<V>(zero + i);
+      zero_v[r] = zero_v[r] * a.shrink[r] + sum(total);
     }
+    const auto by_scale = [&] {
+      for (int r = 0; r < c.R; ++r)
+        for (int i = 0; i < n; i += 16) {
+          float* s = w.s.data() + r * SCORES + i;
+          store(s, load<V>(s) * load<V>(scale + i));
+        }
+    };
 #ifdef CALIDROP_AMX
     if (tiles) {
-      for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * BLOCK, n);
+      by_scale();
+      for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * SCORES, n);
       amx::rows(Dv, w.tile_right, w.buffers);
       if (t + n < at.to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), D, w.buffers);
       amx::add<BITS>(Dv, w.tile_right, c.R, a.o.data(), a.D, w.buffers);
@@ -176,12 +194,13 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
 #endif
 #ifdef CALIDROP_VNNI
     if (vnni::fits(Dv)) {
-      w.right.set(w.s.data(), BLOCK, n);
-      vnni::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D, {p.k + (t + n) * x.k.slot, x.k.slot});
+      w.right.set(w.s.data(), SCORES, n, scale);
+      vnni::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D);
       continue;
     }
 #endif
-    weigh_of<Codes<BITS>>(Dv, v_rows, values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+    by_scale();
+    weigh_of<Converted<BITS>>(Dv, v_rows, values.step, w.s.data(), a.o.data(), a.D, n, c.R);
   }
   for (int r = 0; r < c.R; ++r) {
     float* o = a.o.data() + static_cast<size_t>(r) * a.D;
@@ -195,7 +214,8 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
 }  // namespace
 
 void calidrop::ask_per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a) {
-  thread_local Scratch w;
+  thread_local const std::unique_ptr<Scratch> mine(new Scratch);  // behind a pointer: its own address would be asked for in loops
+  Scratch& w = *mine;
   if (x.bits == 8) per_token<8>(c, x, at, a, w);
   if (x.bits == 4) per_token<4>(c, x, at, a, w);
   if (x.bits == 2) per_token<2>(c, x, at, a, w);

@@ -59,7 +59,7 @@ struct Head {
 struct Rows {
   Rows(const char* first, int64_t slot, int bytes, int wide, std::vector<char>& room)
       : first(first), slot(slot), bytes(bytes), copied(bytes != wide), room(room), step(copied ? wide : slot) {
-    if (copied) room.assign(static_cast<size_t>(BLOCK) * wide, 0);
+    if (copied) room.assign(static_cast<size_t>(SCORES) * wide, 0);
   }
   // row t and the n - 1 behind it, until the next call
   const char* at(int64_t t, int n) const {

@@ -6,24 +6,27 @@ namespace {
 
 // ---- rows of one token as NV vectors of 16 floats; codes come plane by plane (the first code of every byte, ...)
 
-struct Float32 {
+struct Every {
+  static constexpr bool reads(int) { return true; }  // rows of so many
+};
+struct Float32 : Every {
   static constexpr int BITS = 32;
   static inline V at(const char* row, int i, int) { return load<V>(row + 64 * i); }
 };
-struct BFloat16 {
+struct BFloat16 : Every {
   static constexpr int BITS = 16;
   static inline V at(const char* row, int i, int) {
     auto x = __builtin_convertvector(load<Lanes<16>::H>(row + 32 * i), Lanes<16>::U) << 16;
     return (V)x;
   }
 };
-struct Float16 {
+struct Float16 : Every {
   static constexpr int BITS = 16;
   static inline V at(const char* row, int i, int) { return of_halves(row + 32 * i); }
 };
 // 8-bit floats of 4 and 3 bits: scaling moves the exponent, of numbers below the normal ones too (0x7f, which is no number,
 // becomes one: it is never stored but under a scale that is none)
-struct E4M3 {
+struct E4M3 : Every {
   static constexpr int BITS = 8;
   static inline V at(const char* row, int i, int) {
     using U = Lanes<16>::U;
@@ -32,7 +35,7 @@ struct E4M3 {
     return (V)((U)size | (x & 0x80u) << 24);
   }
 };
-template <int N> struct Codes {
+template <int N> struct Codes : Every {
   static constexpr int BITS = N;
   static inline V at(const char* row, int i, int vectors) {
     const int per_plane = vectors * N / 8, plane = i / per_plane;
@@ -42,63 +45,109 @@ template <int N> struct Codes {
   }
 };
 
-// RT rows of scores at a time, four tokens in flight
+constexpr int AHEAD = 16;  // tokens between those that are worked on and those that memory is asked for
+
+// asks for the line in which vector i of a row begins, once for all vectors of the line
+template <class F> inline void ask_ahead(const char* row, int i) {
+  const int at = 2 * F::BITS * i;
+  if (at % 64 == 0) __builtin_prefetch(row + at);
+}
+
+// RT rows of scores at a time
 template <class F, int NV, int RT>
 inline void dots(const char* k, int64_t step, const float* q, int D, float* s, int n) {
+#ifdef __AVX512F__
+  for (int t = 0; t < n; t += 4) {  // four tokens, whose sums are then found together; behind the last it stands in
+    const char* row[4];
+    for (int j = 0; j < 4; ++j) row[j] = k + std::min(t + j, n - 1) * step;
+    V a[4 * RT] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < NV; ++i) {
+      V x[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        x[j] = F::at(row[j], i, NV);
+        ask_ahead<F>(row[j] + AHEAD * step, i);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < RT; ++r) {
+        const V y = load<V>(q + r * D + 16 * i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) a[4 * r + j] += x[j] * y;
+      }
+    }
+    store_sums<RT>(a, s + t, SCORES);
+  }
+#else
   for (int t = 0; t < n; ++t) {
     const char* row = k + t * step;
     V a[RT] = {};
     for (int i = 0; i < NV; ++i) {
       V x = F::at(row, i, NV);
+      ask_ahead<F>(row + AHEAD * step, i);
       for (int r = 0; r < RT; ++r) a[r] += x * load<V>(q + r * D + 16 * i);
     }
-    for (int r = 0; r < RT; ++r) s[r * BLOCK + t] = sum(a[r]);
+    for (int r = 0; r < RT; ++r) s[r * SCORES + t] = sum(a[r]);
   }
+#endif
 }
 
-// o: rows `wide` apart
-template <class F, int NV, int RT>
-inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
-  V acc[RT][NV];
+// o: rows `wide` apart, of which VT vectors from `from` on
+template <class F, int NV, int RT, int VT>
+inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n, int from) {
+  V acc[RT][VT];
+#pragma GCC unroll 4
   for (int r = 0; r < RT; ++r)
-    for (int i = 0; i < NV; ++i) acc[r][i] = load<V>(o + r * wide + 16 * i);
+#pragma GCC unroll 8
+    for (int i = 0; i < VT; ++i) acc[r][i] = load<V>(o + r * wide + 16 * (from + i));
   for (int t = 0; t < n; ++t) {
     const char* row = v + t * step;
-    for (int i = 0; i < NV; ++i) {
-      V x = F::at(row, i, NV);
-      for (int r = 0; r < RT; ++r) acc[r][i] += x * p[r * BLOCK + t];
+#pragma GCC unroll 8
+    for (int i = 0; i < VT; ++i) {
+      V x = F::at(row, from + i, NV);
+      ask_ahead<F>(row + AHEAD * step, from + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < RT; ++r) acc[r][i] += x * p[r * SCORES + t];
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < RT; ++r)
-    for (int i = 0; i < NV; ++i) store(o + r * wide + 16 * i, acc[r][i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < VT; ++i) store(o + r * wide + 16 * (from + i), acc[r][i]);
+}
+
+// in parts of a row whose sums fit the registers
+template <class F, int NV, int RT>
+inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
+  constexpr int VT = NV <= 6 ? NV : 4;
+  for (int from = 0; from < NV; from += VT) weigh<F, NV, RT, VT>(v, step, p, o, wide, n, from);
 }
 
 // as many rows at once as fit the registers
 template <class F, int NV> void all_dots(const char* k, int64_t step, const float* q, int D, float* s, int n, int R) {
   int r = 0;
-  for (; r + 4 <= R; r += 4) dots<F, NV, 4>(k, step, q + r * D, D, s + r * BLOCK, n);
+  for (; r + 4 <= R; r += 4) dots<F, NV, 4>(k, step, q + r * D, D, s + r * SCORES, n);
   switch (R - r) {
-    case 3: dots<F, NV, 3>(k, step, q + r * D, D, s + r * BLOCK, n); break;
-    case 2: dots<F, NV, 2>(k, step, q + r * D, D, s + r * BLOCK, n); break;
-    case 1: dots<F, NV, 1>(k, step, q + r * D, D, s + r * BLOCK, n); break;
+    case 3: dots<F, NV, 3>(k, step, q + r * D, D, s + r * SCORES, n); break;
+    case 2: dots<F, NV, 2>(k, step, q + r * D, D, s + r * SCORES, n); break;
+    case 1: dots<F, NV, 1>(k, step, q + r * D, D, s + r * SCORES, n); break;
   }
 }
 
 template <class F, int NV>
 void all_weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n, int R) {
-  constexpr int RT = NV <= 6 ? 4 : NV <= 8 ? 3 : 1;
   int r = 0;
-  for (; r + RT <= R; r += RT) weigh<F, NV, RT>(v, step, p + r * BLOCK, o + r * wide, wide, n);
-  if constexpr (RT > 1) {
-    if (RT > 3 && R - r == 3) weigh<F, NV, 3>(v, step, p + r * BLOCK, o + r * wide, wide, n);
-    if (R - r == 2) weigh<F, NV, 2>(v, step, p + r * BLOCK, o + r * wide, wide, n);
-    if (R - r == 1) weigh<F, NV, 1>(v, step, p + r * BLOCK, o + r * wide, wide, n);
+  for (; r + 4 <= R; r += 4) weigh<F, NV, 4>(v, step, p + r * SCORES, o + r * wide, wide, n);
+  switch (R - r) {
+    case 3: weigh<F, NV, 3>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
+    case 2: weigh<F, NV, 2>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
+    case 1: weigh<F, NV, 1>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
   }
 }
 
 // the widths of rows that there are loops for; a plane of codes fills whole vectors
 constexpr int WIDTHS[] = {32, 64, 80, 96, 128, 192, 256, 512};
-template <class F> constexpr bool known(int D) { return D * F::BITS % 128 == 0; }
+template <class F> constexpr bool known(int D) { return D * F::BITS % 128 == 0 && F::reads(D); }
 
 // the narrowest that holds D numbers; 0 where none does
 template <class F> inline int width_of(int D) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -22,7 +23,8 @@ template <int L> struct Lanes {
   typedef uint8_t B __attribute__((vector_size(L), aligned(1)));
 };
 using V = Lanes<16>::F;
-constexpr int BLOCK = 64;  // tokens whose scores are held at once
+constexpr int BLOCK = 64;  // tokens of a prompt whose scores are held at once
+constexpr int SCORES = 128;  // tokens that a step of decoding asks at once: scores of a query are so far from those of the next
 constexpr float NONE = -INFINITY;
 
 inline V splat(float x) { return V{} + x; }
@@ -62,6 +64,30 @@ inline float sum(V x) {
   halves(x, a, b);
   return sum(a + b);
 }
+
+#ifdef __AVX512F__
+// to[r * apart + j] becomes the sum of x[4 * r + j], for r < R and j < 4
+template <int R> inline void store_sums(const V* x, float* to, int apart) {
+  const auto two = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const auto halved = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  __m512 y[4];  // sums of four lanes of four vectors
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    y[r] = _mm512_setzero_ps();
+    if (r >= R) continue;
+    const __m512d a = _mm512_castps_pd(two((__m512)x[4 * r], (__m512)x[4 * r + 1]));
+    const __m512d b = _mm512_castps_pd(two((__m512)x[4 * r + 2], (__m512)x[4 * r + 3]));
+    y[r] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 all = halved(halved(y[0], y[1]), halved(y[2], y[3]));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(all));
+  if constexpr (R > 1) _mm_storeu_ps(to + apart, _mm512_extractf32x4_ps(all, 1));
+  if constexpr (R > 2) _mm_storeu_ps(to + 2 * apart, _mm512_extractf32x4_ps(all, 2));
+  if constexpr (R > 3) _mm_storeu_ps(to + 3 * apart, _mm512_extractf32x4_ps(all, 3));
+}
+#endif
 
 // the largest of numbers none of which is NaN
 inline float most(V x) {
@@ -131,12 +157,18 @@ template <class T> inline T load(const void* p) {
   return x;
 }
 
+inline int whole_vectors(int n) { return (n + 15) / 16 * 16; }
+
 // the first 16 of `left` numbers, zeros behind them
 inline V head(const float* p, int left) {
   if (left >= 16) return load<V>(p);
+#ifdef __AVX512F__
+  return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << left) - 1), p);
+#else
   V x = {};
   std::memcpy(&x, p, sizeof(float) * left);
   return x;
+#endif
 }
 
 inline float inner(const float* a, const float* b, int n) {
