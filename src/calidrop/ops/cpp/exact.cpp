@@ -46,7 +46,7 @@ void float8(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch
   const auto by_scale = [&](const Array& of, const char* first, int64_t t, int n) {
     halves(first + t * of.slot, of.slot, n, scale);
     for (int r = 0; r < c.R; ++r)
-      for (int i = 0; i < n; ++i) w.s[r * SCORES + i] *= scale[i];
+      for (int i = 0; i < n; ++i) w.s[r * SCORES + i] *= 256.0f * scale[i];  // of what E4M3 divides
   };
   for (int64_t t = at.from; t < at.to; t += SCORES) {
     const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));

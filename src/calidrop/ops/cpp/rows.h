@@ -24,15 +24,14 @@ struct Float16 : Every {
   static constexpr int BITS = 16;
   static inline V at(const char* row, int i, int) { return of_halves(row + 32 * i); }
 };
-// 8-bit floats of 4 and 3 bits: scaling moves the exponent, of numbers below the normal ones too (0x7f, which is no number,
-// becomes one: it is never stored but under a scale that is none)
+// 8-bit floats of 4 and 3 bits, divided by 256: as halves with the same bits, the exponents of which begin elsewhere; 0x7f,
+// which is no number, becomes one (it is never stored but under a scale that is none)
 struct E4M3 : Every {
   static constexpr int BITS = 8;
   static inline V at(const char* row, int i, int) {
-    using U = Lanes<16>::U;
-    const U x = __builtin_convertvector(load<Lanes<16>::B>(row + 16 * i), U);
-    const V size = (V)((x & 0x7fu) << 20) * splat(0x1p120f);
-    return (V)((U)size | (x & 0x80u) << 24);
+    using H = Lanes<16>::H;
+    const H x = __builtin_convertvector((Lanes<16>::S)load<Lanes<16>::B>(row + 16 * i), H) << 7;  // the sign twice
+    return of_halves(x & uint16_t{0xbfff});
   }
 };
 template <int N> struct Codes : Every {

@@ -21,6 +21,7 @@ template <int L> struct Lanes {
   typedef uint32_t U __attribute__((vector_size(4 * L), aligned(4)));
   typedef uint16_t H __attribute__((vector_size(2 * L), aligned(2)));
   typedef uint8_t B __attribute__((vector_size(L), aligned(1)));
+  typedef int8_t S __attribute__((vector_size(L), aligned(1)));
 };
 using V = Lanes<16>::F;
 constexpr int BLOCK = 64;  // tokens of a prompt whose scores are held at once
@@ -192,11 +193,11 @@ inline void every(const float* from, int step, int n, float* to) {
 }
 
 // 16 halves as floats (compilers convert vectors of them one by one)
-inline V of_halves(const void* p) {
+inline V of_halves(Lanes<16>::H halves) {
 #if defined(__AVX512F__)
-  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return (V)_mm512_cvtph_ps((__m256i)halves);
 #elif defined(__F16C__)
-  const auto* of = static_cast<const __m128i*>(p);
+  const auto* of = reinterpret_cast<const __m128i*>(&halves);
   V x;
   for (int i = 0; i < 2; ++i) {
     const __m256 y = _mm256_cvtph_ps(_mm_loadu_si128(of + i));
@@ -206,18 +207,20 @@ inline V of_halves(const void* p) {
 #elif defined(__ARM_NEON)
   V x;
   for (int i = 0; i < 4; ++i) {
-    const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(p) + 4 * i)));
+    const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(&halves) + 4 * i)));
     std::memcpy(reinterpret_cast<char*>(&x) + 16 * i, &y, 16);
   }
   return x;
 #else  // as `half`
   using U = Lanes<16>::U;
-  const U h = __builtin_convertvector(load<Lanes<16>::H>(p), U);
+  const U h = __builtin_convertvector(halves, U);
   const V x = (V)((h & 0x7fffu) << 13) * splat(0x1p112f);
   const U beyond = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   return (V)((U)x | beyond | (h & 0x8000u) << 16);
 #endif
 }
+
+inline V of_halves(const void* p) { return of_halves(load<Lanes<16>::H>(p)); }
 
 // n halves, `slot` bytes apart, as floats; to holds a multiple of 16
 inline void halves(const char* p, int64_t slot, int n, float* to) {
