@@ -169,12 +169,7 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     }
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
     grid(p.v_scale, x.v_scale, p.v_zero, x.v_zero, t, n);
-    for (int r = 0; r < c.R; ++r) {
-      const float* s = w.s.data() + r * SCORES;
-      V total = {};
-      for (int i = 0; i < n; i += 16) total += load<V>(s + i) * load<V>(zero + i);
-      zero_v[r] = zero_v[r] * a.shrink[r] + sum(total);
-    }
+    for (int r = 0; r < c.R; ++r) zero_v[r] = zero_v[r] * a.shrink[r] + inner(w.s.data() + r * SCORES, zero, n);
     const auto by_scale = [&] {
       for (int r = 0; r < c.R; ++r)
         for (int i = 0; i < n; i += 16) {
