@@ -28,7 +28,8 @@ RECIPES = [
     "fp8(residual=5)",
     "kivi(bits=4, residual=5)",
     "ott(bits=2, block=128, pool=3, spill=5, skip=0, residual=5)",
-    *(f"h2o(budget=90)+mikv(bits={bits})" for bits in (2, 4)),
+    *(f"h2o(budget=90)+mikv(bits={bits})" for bits in (2, 3, 4)),
+    *(f"mixkvq(values={bits}, residual=5)" for bits in (2, 4)),
     "decoquant(residual=5)",
 ]
 

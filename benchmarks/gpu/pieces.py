@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
 from calidrop.attention import Partial, Queries
 from calidrop.methods._per_token import Float8, PerToken
+from calidrop.methods.decoquant import Decomposed
 from calidrop.methods.kivi import ChannelKeys
+from calidrop.methods.mikv import Balanced
+from calidrop.methods.mixkvq import Tiers
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
+from calidrop.parallel import HeadGroup
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
 
-FORMATS: dict[str, Callable[[], Store]] = {
-    "exact": Exact,
-    "int8": lambda: PerToken(8, False),
-    "int4": lambda: PerToken(4, True),
-    "int2": lambda: PerToken(2, True),
-    "fp8": lambda: Float8(1),
-    "kivi8": lambda: ChannelKeys(8, 32),
-    "kivi4": lambda: ChannelKeys(4, 32),
-    "kivi2": lambda: ChannelKeys(2, 32),
+FORMATS: dict[str, Callable[[int, int], Store]] = {  # of so many tokens of so many channels
+    "exact": lambda N, D: Exact(),
+    "int8": lambda N, D: PerToken(8, False),
+    "int4": lambda N, D: PerToken(4, True),
+    "int2": lambda N, D: PerToken(2, True),
+    "fp8": lambda N, D: Float8(1),
+    "kivi8": lambda N, D: ChannelKeys(8, 32),
+    "kivi4": lambda N, D: ChannelKeys(4, 32),
+    "kivi2": lambda N, D: ChannelKeys(2, 32),
+    "mikv4": lambda N, D: Balanced(4, D // 2, True),
+    "mikv3": lambda N, D: Balanced(3, D // 2, True),
+    "decoquant4": lambda N, D: Decomposed(4, HeadGroup()),
+    "mixkvq": lambda N, D: Tiers(128 if N >= 128 else 64, 32, (D // 32, D // 32 * 3, D - D // 32 * 4), 2, 32),
 }
-UNSEEN = cast(Observation, None)  # these formats look at no query
 
 
 def tokens(B: int, H: int, N: int, D: int, dtype: torch.dtype, device: torch.device, uneven: bool = False) -> Tokens:
@@ -44,8 +50,12 @@ def queries(B: int, Hq: int, T: int, D: int, dtype: torch.dtype, device: torch.d
 
 
 def stored(name: str, t: Tokens) -> Store:
-    store = FORMATS[name]()
-    store.add(t, UNSEEN)
+    B, H, N, D = t.k.shape
+    store, none = FORMATS[name](N, D), torch.zeros(B, dtype=torch.long, device=t.k.device)
+    qs = queries(B, H, 1, D, t.k.dtype, t.k.device)
+    seen = Observation(qs, torch.zeros(B, H, 1, device=t.k.device), none + N, none, prompt=True)
+    store.observe(seen)
+    store.add(t, seen)
     return store
 
 

@@ -69,7 +69,7 @@ class Piece:
         if self.lens is not None:
             return 0, 0
         found = set()
-        for column in self.columns.values():
+        for column in (x for x in self.columns.values() if x.numel()):
             shape, stride = column.shape, column.stride()
             width = 1
             for n, step in zip(shape[:1:-1], stride[:1:-1], strict=True):  # packed within a head

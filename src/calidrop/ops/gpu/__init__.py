@@ -15,6 +15,7 @@ from calidrop.ops.piece import Piece
 from calidrop.tokens import Tokens
 
 MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
+UNITS = (64, 128)  # of keys at several widths: a product has 8 columns at least, and a column is a word of 8 codes
 MOST_SUMS = 16 * 1024  # numbers a program adds up: queries times channels
 
 
@@ -58,15 +59,16 @@ def unread(x: Piece, qs: Queries) -> str:
         return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}"
     if x.pitch() is None:
         return "stored columns do not lie side by side"
-    if x.kind == "tiers" or x.bits == 3:
-        return f"{'codes of 3 bits' if x.bits == 3 else 'channels of several widths'} are not for GPUs"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:
         return f"tokens are {x.columns['k'].dtype}"
-    if any(c.dtype == torch.uint8 and c.shape[-1] % 2 for c in (x.columns["k"], x.columns["v"])):
+    codes = [c for n, c in x.columns.items() if n in ("k", "v", "k4") and c.dtype == torch.uint8 and x.bits != 3]
+    if any(c.shape[-1] % 2 for c in codes):
         return "rows of codes are an odd number of bytes, the kernel reads words of two"
     if x.kind == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "the GPU has no 8-bit floats"
-    if x.kind in ("per channel", "per group"):
+    if x.kind == "tiers" and x.group not in UNITS:
+        return f"units of {x.group} tokens, the kernel takes {UNITS}"
+    if x.kind in ("per channel", "per group", "tiers"):
         sizes = (x.group, x.channels) if x.kind == "per channel" else (x.channels,)
         odd = any(n & (n - 1) or not 8 <= n <= MOST_GROUP for n in sizes)
         return f"groups of {x.group} tokens and {x.channels} channels, the kernel takes 8, 16, ... 128" if odd else ""

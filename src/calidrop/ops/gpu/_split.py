@@ -239,17 +239,36 @@ def _grid(scale, zero, at, there, size: tl.constexpr, channels: tl.constexpr, WO
 
 
 @triton.jit
+def _read(p, at, there, SIZE: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """The words that hold the codes of some tokens [tokens,WORDS]; with 3 bits, which words do not, the codes
+    themselves. SIZE: channels of a token."""
+    d = tl.arange(0, WORDS)
+    if BITS == 3:
+        bit = d * 3
+        place = at[:, None] * (SIZE * 3 // 8) + (bit // 8)[None, :]
+        seen = there[:, None] & (d < SIZE)[None, :]
+        low = tl.load(p + place, mask=seen, other=0).to(tl.int32)
+        high = tl.load(p + place + 1, mask=seen & (bit % 8 > 5)[None, :], other=0).to(tl.int32)
+        x = ((low | (high << 8)) >> (bit % 8)[None, :]).to(tl.int16) & 7
+    else:
+        P: tl.constexpr = 16 // BITS
+        seen = there[:, None] & (d < SIZE // P)[None, :]
+        x = tl.load(p + at[:, None] * (SIZE // P) + d[None, :], mask=seen, other=0)
+    return x
+
+
+@triton.jit
 def _groups(
     q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token a slot, with a scale and zero per group of channels."""
-    P: tl.constexpr = 16 // F[1]  # codes a word holds
+    P: tl.constexpr = 16 // F[1] if F[1] != 3 else 1  # codes a word holds
+    wide: tl.constexpr = F[1] if F[1] != 3 else 4  # bits of a code there
     K: tl.constexpr = DP // P if DP // P > 16 else 16  # words of a key
     V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # and of a value
     G: tl.constexpr = F[3] // P  # and of a group
     dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
-    d, dv = tl.arange(0, K), tl.arange(0, V)
     x, size_of = _rows(q, rows, P, D, K, RP, dt)
     acc = ()
     for _ in tl.static_range(P):
@@ -259,23 +278,110 @@ def _groups(
     for t in range(start, stop, BLOCK):
         n = t + tl.arange(0, BLOCK)
         there, at = n < stop, base + n
-        seen_k = there[:, None] & (d < D // P)[None, :]
-        seen_v = there[:, None] & (dv < DV // P)[None, :]
-        k = tl.load(p[0] + at[:, None] * (D // P) + d[None, :], mask=seen_k, other=0)
-        v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=seen_v, other=0)
+        k = _read(p[0], at, there, D, K, F[1])
+        v = _read(p[1], at, there, DV, V, F[1])
         size, zero = _grid(p[4], p[5], at, there, D, F[3], K, G, dt)
         s = tl.zeros([RP, BLOCK], tl.float32)
         for i in tl.static_range(P):
-            s = product(x[i], tl.trans(tl.fma(code(k, i, 4, F[1], 0, dt), size, zero)), s)
+            s = product(x[i], tl.trans(tl.fma(code(k, i, 4, wide, 0, dt), size, zero)), s)
         w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, at, there, softcap, CAPPED), m)
         l = l * shrink[:, None] + w
         size, zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
         new = ()
         for i in tl.static_range(P):
-            y = tl.fma(code(v, i, 4, F[1], 0, dt), size, zero)
+            y = tl.fma(code(v, i, 4, wide, 0, dt), size, zero)
             new += (product(w.to(dt), y, acc[i] * shrink[:, None]),)
         acc = new
     return m, tl.sum(l, 1), woven(acc, P)
+
+
+@triton.jit
+def _tier(
+    q, rows, unit, p, at, t, D: tl.constexpr, group: tl.constexpr, size: tl.constexpr, per: tl.constexpr,
+    first: tl.constexpr, many: tl.constexpr, WIDE: tl.constexpr, bits: tl.constexpr, dt: tl.constexpr,
+):  # fmt: skip
+    """Scores [RP,size] of channels first ... first + many - 1 of a unit's order, that have codes of so many bits: of
+    the tokens from t on of unit `at`. p: codes, scales, zeros and orders; WIDE: channels at a time."""
+    P: tl.constexpr = 16 // bits
+    W: tl.constexpr = group // P  # words of a channel
+    step: tl.constexpr = per if per < size else size  # tokens that share a scale, of these
+    w = tl.arange(0, size // P)
+    s = ()
+    for _ in tl.static_range(P):
+        s += (tl.zeros([q.shape[0], size // P], tl.float32),)
+    for start in tl.static_range(0, many, WIDE):
+        c = start + tl.arange(0, WIDE)
+        here = c < many
+        order = tl.load(p[3] + at * D + first + c, mask=here, other=0).to(tl.int32)
+        x = tl.load(q[:, None] + order[None, :], mask=rows[:, None] & here[None, :], other=0.0).to(tl.float32)
+        x = (x * unit[:, None]).to(dt)
+        row = at * many + c
+        k = tl.load(p[0] + row[:, None] * W + (t // P + w)[None, :], mask=here[:, None], other=0)
+        place = row[:, None] * (group // per) + (t // per + tl.arange(0, size // step))[None, :]
+        scale = _repeated(tl.load(p[1] + place, mask=here[:, None], other=0.0), step // P).to(dt)
+        zero = _repeated(tl.load(p[2] + place, mask=here[:, None], other=0.0), step // P).to(dt)
+        new = ()
+        for i in tl.static_range(P):
+            new += (product(x, tl.fma(code(k, i, 2, bits, 0, dt), scale, zero), s[i]),)
+        s = new
+    return woven(s, P)
+
+
+@triton.jit
+def _tiers(
+    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A unit of tokens a slot, with an order of the channels of its keys: the first are exact, the next have 4 bits,
+    the others 2. Queries are read in that order: a unit has more numbers than they have."""
+    P: tl.constexpr = 16 // F[1]  # codes a word of values holds
+    group: tl.constexpr = F[2]
+    size: tl.constexpr = group if group <= BLOCK else (BLOCK if BLOCK > 64 else 64)  # words of 8 codes: 8 at least
+    V: tl.constexpr = DVP // P if DVP // P > 16 else 16  # words of a token
+    G: tl.constexpr = F[3] // P  # words of a group of channels
+    n16: tl.constexpr = F[8]
+    n4: tl.constexpr = F[9]
+    n2: tl.constexpr = D - n16 - n4
+    per: tl.constexpr = F[10]
+    dt: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    dv = tl.arange(0, V)
+    size_of = _rows(q, rows, 1, D, DP, RP, dt)[1]
+    inverse = 1.0 / size_of  # a power of two
+    acc = ()
+    for _ in tl.static_range(P):
+        acc += (tl.zeros([RP, V], tl.float32),)
+    m = tl.full([RP], float("-inf"), tl.float32)
+    l = tl.zeros([RP], tl.float32)
+    for t in range(start * group, stop * group, size):
+        unit = base + t // group
+        n = t + tl.arange(0, size)
+        at = base * group + n
+        s = tl.zeros([RP, size], tl.float32)
+        if n16 > 0:
+            exact: tl.constexpr = q.dtype.element_ty if q.dtype.element_ty == p[11].dtype.element_ty else tl.float32
+            c = tl.arange(0, F[11])
+            order = tl.load(p[15] + unit * D + c, mask=c < n16, other=0).to(tl.int32)
+            x = tl.load(q[:, None] + order[None, :], mask=rows[:, None] & (c < n16)[None, :], other=0.0)
+            x = (x.to(tl.float32) * inverse[:, None]).to(exact)
+            k = tl.load(p[11] + at[:, None] * n16 + c[None, :], mask=(c < n16)[None, :], other=0.0)
+            s = product(x, tl.trans(k.to(exact)), s)
+        if n4 > 0:
+            codes = p[12], p[13], p[14], p[15]
+            s += _tier(q, rows, inverse, codes, unit, t % group, D, group, size, per, n16, n4, F[12], 4, dt)
+        if n2 > 0:
+            codes = p[0], p[4], p[5], p[15]
+            s += _tier(q, rows, inverse, codes, unit, t % group, D, group, size, per, n16 + n4, n2, F[13], 2, dt)
+        there = n < stop * group
+        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, at, there, softcap, CAPPED), m)
+        l = l * shrink + tl.sum(w, 1)
+        v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=(dv < DV // P)[None, :], other=0)
+        v_scale, v_zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
+        new = ()
+        for i in tl.static_range(P):
+            y = tl.fma(code(v, i, 2, F[1], 0, dt), v_scale, v_zero)
+            new += (product(w.to(dt), y, acc[i] * shrink[:, None]),)
+        acc = new
+    return m, l, woven(acc, P)
 
 
 @triton.jit
@@ -323,6 +429,8 @@ def _ask(
         m, l, acc = _tokens(x, p, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 2:
         m, l, acc = _units(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+    elif F[0] == 5:
+        m, l, acc = _tiers(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 4:
         m, l, acc = _groups(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     else:

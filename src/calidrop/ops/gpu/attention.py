@@ -18,8 +18,9 @@ from calidrop.ops.gpu._shared import launch, padded
 from calidrop.ops.gpu._split import SLOTS, _split
 from calidrop.ops.piece import Piece
 
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3, "per group": 4}
-COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens, own queries and `mix`
+KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3, "per group": 4, "tiers": 5}
+COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens, own queries, `mix` and
+TIERS = ("k16", "k4", "k4_scale", "k4_zero", "order")
 LEAST = 256  # tokens worth a program
 Tile = tuple[int, int, int]  # tokens at a time, warps, pipeline stages
 # by kind and bits, for up to 16 rows of 128 channels of half precision
@@ -29,10 +30,19 @@ TILES = {
     ("e4m3", 8): (128, 4, 3),
     ("per channel", 8): (64, 2, 3),
     ("per channel", 4): (64, 2, 3),
+    ("per group", 3): (32, 4, 3),
     ("per group", 4): (64, 4, 3),
+    ("tiers", 8): (64, 4, 2),
+    ("tiers", 4): (64, 4, 2),
 }
 # warps divide the columns of a product: where it has 16, the words of a value, all but one would be idle
-NARROW = {"per token": (32, 1, 3), "per channel": (64, 1, 3), "e4m3": (64, 1, 3), "per group": (64, 1, 3)}
+NARROW = {
+    "per token": (32, 1, 3),
+    "per channel": (64, 1, 3),
+    "e4m3": (64, 1, 3),
+    "per group": (64, 1, 3),
+    "tiers": (64, 4, 2),
+}
 
 
 @functools.cache
@@ -125,14 +135,19 @@ def _told(
         pitch = p.pitch()
         assert pitch is not None
         columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens, _own(p), p.mix)
+        columns += tuple(_words(p, name) for name in TIERS)
         width = D if p.q is None else p.q.shape[-1]
         turn = (width & -width) if p.rotate else 1
         args += [columns, p.slots, *pitch, per[i], ends[i]]
-        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, turn, blocks[i], width, padded(width))
+        n16, n4, _ = p.tiers
+        tiers = *p.tiers, padded(n16), padded(n4), min(64, padded(width - n16 - n4))  # more at a time would spill
+        formats[f"F{i}"] = (KINDS[p.kind], p.bits, p.group, p.channels, turn, blocks[i], width, padded(width), *tiers)
     return args + [None, 0, 0, 0, 0, 0] * (SLOTS - len(pieces)), formats
 
 
 def _words(p: Piece, name: str) -> Tensor | None:
-    """A column, bytes of codes as words of two."""
+    """A column, bytes of codes as words of two (but of 3 bits)."""
     column = p.columns.get(name)
-    return column.view(torch.int16) if column is not None and column.dtype == torch.uint8 else column
+    if column is None or column.dtype != torch.uint8 or name == "order" or p.bits == 3:
+        return column
+    return column.view(torch.int16)
