@@ -53,7 +53,7 @@ def on_device(kv):
     """[row][head] -> the columns that the next query is answered from, and whether that is all of them."""
     store = kv.state.store
     parts = [*store.first.tokens(), *store.waiting.tokens(), kv.state.window.tokens()]
-    whole = store.ids is None and bool(store.log.segments)
+    whole = store.whole and bool(store.log.segments)
     parts += store.tokens() if whole else [t for s in store._fetched() for t in s.tokens()]
     B, H = kv.state.window.tokens().pos.shape[:2]
     return [[{p for t in parts for p in t.pos[b, h].tolist() if p >= 0} for h in range(H)] for b in range(B)], whole
@@ -128,6 +128,57 @@ def test_moving_by_a_row_is_the_network(rows, power, decay):
     moving.forget()
     x = torch.rand(2, 3, rows, 23)
     torch.testing.assert_close(moving.next_row(net, x, None), net.next_row(x.flatten(0, 1)).view(2, 3, 23))
+
+
+@pytest.mark.parametrize(("rows", "power", "decay"), [(12, 1.0, 1.0), (64, 0.25, 0.7)])
+@torch.no_grad()
+def test_new_blocks_are_the_network_too(rows, power, decay):
+    """A history that moves by a row, and has new columns every third step, in one row more than in the other."""
+    net, moving = Predictor.fresh(power, decay), Moving()
+    x = torch.rand(2, 3, rows + 30, 31)
+    had = 9
+    for i in range(30):
+        n = 9 + 2 * (i // 3)
+        if n != had:
+            moving.change(had - 1)  # the shorter row's new column is the other's old one
+            had = n
+        real = (torch.arange(n) < torch.tensor([[n], [n - 1]])).repeat_interleave(3, 0)
+        history = x[:, :, i : i + rows, :n].clone()
+        history[1, ..., n - 1 :] = 0
+        got = moving.next_row(net, history, real)
+        want = net.next_row(history.flatten(0, 1), real).view(2, 3, n)
+        torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(got[1, :, : n - 1], want[1, :, : n - 1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["", "+fp8", "+kivi(bits=2, group=8)"])
+@torch.no_grad()
+def test_only_what_is_not_here_is_fetched(form, monkeypatch):
+    """What is held is what the host has at `ids`, and a span that stays is not brought again."""
+    draw, brought = torch.Generator().manual_seed(1), []
+
+    def whim(x):  # a few of the blocks change from step to step
+        return torch.rand(1, x.shape[-1], generator=torch.Generator().manual_seed(0)).repeat(4, 1) + 0.2 * torch.rand(
+            4, x.shape[-1], generator=draw
+        )
+
+    gathered = HostLog._gathered
+    monkeypatch.setattr(
+        HostLog, "_gathered", lambda log, ids: brought.append(int((ids >= 0).sum())) or gathered(log, ids)
+    )
+    wanted = 0
+    for kv, out in step_by_step(predictor(60, dense=5) + form, random_qkv(2, 2, 3, 130, D), 90, [0, 7], Given(whim)):
+        store = kv.state.store
+        if store.whole or out is None:
+            continue
+        store._arrived()
+        wanted += int((store.ids >= 0).sum())
+        want = store.log.take(store.ids)[0]
+        brought.pop()
+        assert torch.equal(store.held.lens, want.lens)
+        for name, x in store.held.data.items():
+            assert torch.equal(x, want.data[name])
+    assert 0 < sum(brought) < 0.6 * wanted
 
 
 def test_what_is_fetched_by_hand():
@@ -271,7 +322,7 @@ def test_everything_selected_is_full_attention():
     tokens, ours = generate(model, inputs, cache)
     assert torch.equal(tokens, want)
     assert worst(ours, logits) < 2e-4
-    assert cache.layers[1].state.store.ids is not None
+    assert not cache.layers[1].state.store.whole
     # and with the network that comes with the package
     tokens, ours = generate(
         model, inputs, calidrop.KVCache(model, "attention_predictor(4096, sinks=16, recent=5, skip=0)")

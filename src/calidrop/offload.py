@@ -165,28 +165,46 @@ class HostLog(Host):
         """The slots at `index` (int64 [B,H,n] into each list; -1: none), packed, on the device.
 
         Beside a GPU the copy runs on a stream of its own: the slots may be read after `Arrival.wait`."""
-        index, out, pin = index.cpu(), {}, self.device.type == "cuda"
-        before = torch.zeros(index.shape[:2], dtype=torch.long)
+        index = index.cpu()
+        taken = Ragged(self._gathered(index), index >= 0, own=True)
+        columns, arrival = self._bring(taken.data | {"lens": taken.lens})
+        taken.lens = columns.pop("lens")
+        taken.data = columns
+        return taken, arrival
+
+    def read(self, index: Tensor) -> tuple[Columns, Arrival]:
+        """`take` as columns [B,H,n,...], with anything where there is none."""
+        return self._bring(self._gathered(index.cpu()))
+
+    def _gathered(self, index: Tensor) -> Columns:
+        """On the host, pinned beside a GPU."""
+        out, before = {}, torch.zeros(index.shape[:2], dtype=torch.long)
         for s in self.segments:
             at = index - before[..., None]
             mine = (at >= 0) & (at < s.lens[..., None])
-            rows = (_starts(s)[..., None] + at)[mine]
+            rows = _starts(s)[..., None] + at
+            first = not out
+            rows = rows.masked_fill(~mine, 0).flatten() if first else rows[mine]
             for n, x in s.data.items():
                 x = x.flatten(0, 2) if s.uniform else x
-                if n not in out:
-                    out[n] = torch.zeros(*index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=pin)
-                out[n][mine] = x.index_select(0, rows)
+                if first:  # the longest: everything, as if it were all there
+                    new = torch.empty(*index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=self.device.type == "cuda")
+                    out[n] = new
+                    torch.index_select(x, 0, rows, out=new.flatten(0, 2))
+                elif len(rows):
+                    out[n][mine] = x.index_select(0, rows)
             before = before + s.lens
-        taken = Ragged(out, index >= 0, own=True)
-        if not pin:
-            return taken, Arrival()
+        return out
+
+    def _bring(self, columns: Columns) -> tuple[Columns, Arrival]:
+        if self.device.type != "cuda":
+            return columns, Arrival()
         # one stream for all: memory that one stream freed is not given to another
         stream, event = _copies(self.device), torch.cuda.Event()
         with torch.cuda.stream(stream):
-            taken.data = {n: self._to_device(x) for n, x in taken.data.items()}
-            taken.lens = self._to_device(taken.lens)
+            columns = {n: self._to_device(x) for n, x in columns.items()}
             event.record(stream)
-        return taken, Arrival(event)
+        return columns, Arrival(event)
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -203,8 +221,8 @@ class Arrival(State):
     def there(self) -> bool:
         return self.event is None or self.event.query()
 
-    def wait(self, held: State) -> None:
-        """Let the current stream wait for it before anything that follows reads the tensors of `held`."""
+    def wait(self, held: Any) -> None:
+        """Let the current stream wait for it before anything that follows reads the tensors in `held`."""
         if self.event is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.event)

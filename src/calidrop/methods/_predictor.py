@@ -20,6 +20,8 @@ SHAPES = {
     "conv1.weight": (16, 1, 3, 3), "conv1.bias": (16,), "conv2.weight": (32, 16, 3, 3), "conv2.bias": (32,),
     "head.weight": (32,), "head.bias": (1,),
 }  # fmt: skip
+REACH = 2  # rows and blocks that two convolutions see to either side
+SEEN = 2 * REACH + 1
 ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
 
 
@@ -41,7 +43,12 @@ class Expectation(Shared, ABC):
 
     @abstractmethod
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """What every row adds, [N,R,blocks]; it sees two rows to either side at most."""
+        """What every row adds, [N,R,blocks]; it sees REACH rows and blocks to either side at most."""
+
+    @abstractmethod
+    def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
+        """What the last rows add (newest: False: the first), of which no more than the last SEEN is needed: x
+        [N,SEEN,blocks] -> [N,REACH+1,blocks]."""
 
     @abstractmethod
     def finish(self, mean: Tensor) -> Tensor:
@@ -60,6 +67,9 @@ class Average(Expectation):
 
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         return x**self.power
+
+    def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
+        return self.terms(x[:, REACH:] if newest else x[:, : REACH + 1])
 
     def finish(self, mean: Tensor) -> Tensor:
         return mean
@@ -93,16 +103,25 @@ class Predictor(Expectation):
         cuts = (slice(i, i + step) for i in range(0, len(x), step))
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
 
+    def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
+        return self._some(x, real, (0, 1) if newest else (1, 0))
+
     def finish(self, mean: Tensor) -> Tensor:
         return mean + self.weights["head.bias"]
 
-    def _some(self, x: Tensor, real: Tensor | None) -> Tensor:
+    def _some(self, x: Tensor, real: Tensor | None, ends: tuple[int, int] = (1, 1)) -> Tensor:
+        """ends: whether (1) the rows end before the first and behind the last of x, or (0) go on there, where what two
+        further rows would have to say is left out."""
         w, x = self.weights, x if self.power == 1 else x**self.power
-        h = F.conv2d(x[:, None], w["conv1.weight"], w["conv1.bias"], padding=1).relu()
+        h = self._conv(x[:, None], "conv1", ends)
         if real is not None:
             h = h * real[:, None, None]
-        h = F.conv2d(h, w["conv2.weight"], w["conv2.bias"], padding=1).relu()
+        h = self._conv(h, "conv2", ends)
         return torch.einsum("nctb,c->ntb", h, w["head.weight"])
+
+    def _conv(self, x: Tensor, name: str, ends: tuple[int, int]) -> Tensor:
+        w, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return F.conv2d(F.pad(x, (0, 0, *ends)), w, bias, padding=(0, 1)).relu_()
 
 
 def save(file: Path, predictor: Predictor, meta: dict[str, Any]) -> None:

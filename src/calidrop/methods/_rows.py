@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.attention import finite
-from calidrop.methods._predictor import Expectation
+from calidrop.methods._predictor import REACH, SEEN, Expectation
 from calidrop.observe import Observation
 from calidrop.state import State
 from calidrop.tokens import Tokens
+
+NOTHING = 2.0**-24  # of a sum in fp32
 
 
 class Rows(State):
@@ -51,7 +53,7 @@ class Rows(State):
         at = torch.where(full[:, 0].repeat_interleave(per, 1), at, width)  # what does not exist goes behind the end
         grown = F.pad(self.history, (0, width + 1 - self.history.shape[-1]))
         self.history = grown.scatter(3, at[:, None, None].expand_as(columns), columns)[..., :width].contiguous()
-        self.moving.forget()
+        self.moving.change(int(before.min()) * per)
 
     # ---- the next row
 
@@ -111,40 +113,59 @@ class Rows(State):
 
 
 class Moving(State):
-    """`next_row` of a history that moves by one row from call to call, for the work of ten rows instead of
-    all: two convolutions see two rows to either side, so only rows next to the borders change, one becomes an inner row
-    and one ceases to be. sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the next of them to go."""
+    """`next_row` of a history that moves by one row from call to call, for the work of three rows (six where the oldest
+    count) instead of all: two convolutions see two rows to either side, so only rows next to the borders change, one
+    becomes an inner row and one ceases to be. New blocks change the columns beside them.
 
-    SLAB = 5  # rows at a border: two that feel it, the inner one beside them, and what these see
+    sum: fp64 [B,H,blocks], of the inner rows; oldest [B,H,blocks], the next of them to go; changed: the first column
+    that neither knows yet."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
         self.oldest: Tensor | None = None
+        self.changed = 0
 
     def forget(self) -> None:
-        """The history changed in another way."""
+        """The history changed otherwise."""
         self.sum = self.oldest = None
+        self.changed = 0
+
+    def change(self, first: int) -> None:
+        """The history changed in all columns from `first` on."""
+        self.changed = min(self.changed, first)
 
     def next_row(self, net: Expectation, history: Tensor, real: Tensor | None) -> Tensor:
         """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""
-        shape, rows = history.shape, history.shape[2]
-        share = net.shares(rows, history.device)
+        shape, (rows, blocks) = history.shape, history.shape[2:]
         x = history.flatten(0, 1)
-        if rows < 2 * self.SLAB:
+        if rows < 2 * SEEN:
             return net.next_row(x, real).view(*shape[:2], -1)
-        if self.sum is None or self.oldest is None:
-            terms = net.terms(x, real).view(shape)
-            first, last = terms[:, :, : self.SLAB], terms[:, :, -self.SLAB :]
-            self.sum = torch.einsum("bhtn,t->bhn", terms[:, :, 2:-2].double(), share[2:-2].double())
-        else:
-            both = torch.cat([x[:, : self.SLAB], x[:, -self.SLAB :]])
-            terms = net.terms(both, None if real is None else torch.cat([real, real]))
-            first, last = terms.view(2, *shape[:2], self.SLAB, -1)
-            self.sum = net.decay * (self.sum - share[2] * self.oldest) + share[-3] * last[:, :, 2]
-        self.oldest = first[:, :, 2].clone()
-        borders = torch.cat([first[:, :, :2], last[:, :, -2:]], 2), torch.cat([share[:2], share[-2:]])
-        total = self.sum + torch.einsum("bhtn,t->bhn", *borders)
+        share = net.shares(rows, history.device)
+        new = net.edge(x[:, -SEEN:], real, newest=True).view(*shape[:2], -1, blocks)
+        old = None
+        if net.decay ** (rows - SEEN) > NOTHING:
+            old = net.edge(x[:, :SEEN], real, newest=False).view(*shape[:2], -1, blocks)
+        if self.sum is not None:
+            inner = self.sum if self.oldest is None else self.sum - share[REACH] * self.oldest
+            self.sum = F.pad(net.decay * inner, (0, blocks - inner.shape[-1])) + share[-1 - REACH] * new[:, :, 0]
+        if self.changed < blocks:
+            self.sum = self._of_columns(net, history, real, share)
+            self.changed = blocks
+        assert self.sum is not None
+        total = self.sum + torch.einsum("bhtn,t->bhn", new[:, :, 1:], share[-REACH:])
+        if old is not None:
+            self.oldest = old[:, :, -1].clone()
+            total = total + torch.einsum("bhtn,t->bhn", old[:, :, :-1], share[:REACH])
         return net.finish((total / share.sum()).float())
+
+    def _of_columns(self, net: Expectation, history: Tensor, real: Tensor | None, share: Tensor) -> Tensor:
+        """`sum`, with what changed (and what sees that) asked anew."""
+        first = max(0, self.changed - REACH)
+        seen = max(0, first - REACH)
+        terms = net.terms(history[..., seen:].flatten(0, 1), None if real is None else real[:, seen:])
+        inner = terms.view(*history.shape[:3], -1)[:, :, REACH:-REACH, first - seen :]
+        found = torch.einsum("bhtn,t->bhn", inner.double(), share[REACH:-REACH].double())
+        return found if self.sum is None else torch.cat([self.sum[..., :first], found], -1)
 
 
 def pooled(weights: Tensor, block: int) -> Tensor:

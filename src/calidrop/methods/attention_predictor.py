@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop import budgets, ops
@@ -36,17 +37,42 @@ class Sizes:
     dense: int
 
 
+@dataclass
+class Coming:
+    """Columns [B,H,m,...] for some slots [B,H,m] of what is held; those that are not `real` stay as they are.
+    ids: [B,H,n], what is in every slot then, -1: nothing any more."""
+
+    slot: Tensor
+    real: Tensor
+    columns: dict[str, Tensor]
+    ids: Tensor
+
+    def put(self, held: Ragged) -> Ragged:
+        data = {}
+        for name, x in held.padded()[0].items():
+            tail = [1] * (x.dim() - 3)
+            if x.shape[2] < self.ids.shape[2]:
+                x = F.pad(x, (*[0, 0] * len(tail), 0, self.ids.shape[2] - x.shape[2]))
+            at = self.slot.view(*self.slot.shape, *tail).expand(*self.slot.shape, *x.shape[3:])
+            real = self.real.view(*self.real.shape, *tail)
+            data[name] = x.scatter(2, at, torch.where(real, self.columns[name], x.gather(2, at)))
+        return Ragged(data, self.ids >= 0, own=True)
+
+
 class Predicted(Store):
     """All tokens on the host in spans, of which the device holds those that the next query is expected to attend to.
 
     On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids`
-    int64 [B,H,n] says which they are, -1: none); and `rows` of pooled attention to what is on the host."""
+    int64 [B,H,n] says which they are, -1: none), some of it perhaps still `coming`; and `rows` of pooled attention to
+    what is on the host. whole: the next step asks the host for everything."""
 
     def __init__(self, codec: Store, sizes: Sizes, rows: Rows):
         self.codec, self.sizes, self.rows = codec, sizes, rows
         self.first, self.waiting, self.log = Exact(), Exact(), HostLog()
-        self.ids: Tensor | None = None  # None: the next step asks the host for everything
+        self.whole = True
+        self.ids: Tensor | None = None
         self.held: Ragged | None = None
+        self.coming: Coming | None = None
         self.arrival = Arrival()
         self.context: Tensor | None = None
         self.steps, self.since = 0, 0  # generated tokens since the last prompt, since the last flush
@@ -68,11 +94,13 @@ class Predicted(Store):
             assert units is not None
             data = {n: x.unflatten(2, (new, -1)) for n, x in units.padded()[0].items()}
             self.log.append(data, full)
-            if self.ids is not None and not prompt:  # what the window gave up is attended until the next prediction
+            if not self.whole and not prompt:  # what the window gave up is attended until the next prediction
                 ids = (before[:, None, None] + torch.arange(new, device=full.device)).masked_fill(~full, -1)
                 self._arrived()
-                held = self.held.append(data, full) if self.held else Ragged(data, full)
-                self._hold(torch.cat([self.ids, ids], 2), held)
+                if self.held is None or self.ids is None:
+                    self._hold(ids, Ragged(data, full))
+                else:
+                    self._hold(torch.cat([self.ids, ids], 2), self.held.append(data, full))
         if prompt:
             self.steps = 0
             self._look_ahead()
@@ -95,23 +123,44 @@ class Predicted(Store):
 
     def _look_ahead(self) -> None:
         """Predict what the next query attends to and fetch it, unless that step asks for everything anyway."""
-        self.ids = self.held = None
+        self.whole = (self.steps + 1) % self.sizes.dense == 0
         if self.sizes.dense == 1:
             return
         spans, (B, H, n) = self._spans(), self.rows.shape(self.sizes.span)
         there = torch.arange(n, device=spans.device) < spans[:, None]  # [B,spans]
         score = self.rows.next_row(there)  # even if it is not used, as it follows the rows
-        if (self.steps + 1) % self.sizes.dense:
+        if not self.whole:
             self._fetch(score.view(B, H, n, -1).amax(-1) if n else score, there)
 
     def _fetch(self, score: Tensor, there: Tensor) -> None:
-        """score: [B,H,spans]; there: bool [B,spans]. Brings the best there is room for."""
+        """score: [B,H,spans]; there: bool [B,spans]. Brings the best there is room for, but for those that are here."""
+        self._arrived()
         marks = self._chosen(score.masked_fill(~there[:, None], float("-inf")), there)
-        order = (~marks).to(torch.int8).argsort(dim=-1, stable=True)[..., : int(marks.sum(-1).max())]
-        self.ids = order.masked_fill(~marks.gather(2, order), -1)
-        if order.shape[2]:
-            held, self.arrival = self.log.take(self.ids)
-            self._hold(self.ids, held)
+        n = int(marks.sum(-1).max()) if marks.numel() else 0
+        if n and self.held is not None and self.ids is not None:
+            self._exchange(self.ids, marks, n)
+            return
+        self.ids = self.held = None
+        if n:
+            order = first(marks, n)
+            ids = order.masked_fill(~marks.gather(2, order), -1)
+            held, self.arrival = self.log.take(ids)
+            self._hold(ids, held)
+
+    def _exchange(self, ids: Tensor, marks: Tensor, n: int) -> None:
+        """Bring what is marked and not here to where what is here and not marked is given up. n: the most marks."""
+        ids = F.pad(ids, (0, max(0, n - ids.shape[2])), value=-1)
+        here, spans = ids >= 0, marks.shape[2]
+        stay = here & marks.gather(2, ids.clamp(min=0))
+        new = F.pad(marks, (0, 1)).scatter(2, ids.masked_fill(~here, spans), False)[..., :-1]
+        m = int(new.sum(-1).max())
+        if m == 0 and bool((stay == here).all()):
+            return
+        slot, want = first(~stay, m), first(new, m)
+        real, kept = new.gather(2, want), ids.masked_fill(~stay, -1)
+        ids = kept.scatter(2, slot, torch.where(real, want, kept.gather(2, slot)))
+        columns, self.arrival = self.log.read(want.masked_fill(~real, -1))
+        self.coming, self.ids = Coming(slot, real, columns, ids), packed(ids)
 
     def _chosen(self, score: Tensor, there: Tensor) -> Tensor:
         """bool [B,H,spans]"""
@@ -124,8 +173,7 @@ class Predicted(Store):
 
     def _hold(self, ids: Tensor, held: Ragged) -> None:
         """held: what is at `ids`, in the same order, without those that are -1."""
-        order = (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)  # as `Ragged` packs them
-        self.ids, self.held = ids.gather(2, order)[..., : held.longest], held
+        self.ids, self.held = packed(ids), held
 
     # ---- answering
 
@@ -133,15 +181,20 @@ class Predicted(Store):
         parts = [part for store in (self.first, self.waiting, self.codec) for part in store.attend(qs)]
         if not self.log.segments:
             return parts
-        if len(qs) == 1 and self.ids is not None:
+        if len(qs) == 1 and not self.whole:
             return parts + [part for store in self._fetched() for part in store.attend(qs)]
-        self.ids = self.held = None
+        self.whole = True
         return [*parts, self._ask_all(qs)]
 
     def _arrived(self) -> None:
         """Before what was fetched is read: a copy may be under way."""
-        if self.held is not None:
+        if self.held is None:
+            return
+        if self.coming is None:
             self.arrival.wait(self.held)
+        else:
+            self.arrival.wait(self.coming)
+            self.held, self.coming = self.coming.put(self.held), None
 
     def take_rows(self, rows: Tensor) -> None:
         self._arrived()
@@ -169,7 +222,7 @@ class Predicted(Store):
         if self.context is None:  # the first prompt
             return
         last = step.last(self.rows.size)
-        if self.ids is None:
+        if self.whole:
             self.rows.push_peaks(last)
         else:
             fetched = [t for store in self._fetched() for t in store.tokens()]
@@ -197,6 +250,17 @@ class Predicted(Store):
         held = self.held.longest if self.held is not None else 0
         of = f"{spans} spans of {self.sizes.span} on the host, {held} of them fetched"
         return f"{self.first.describe()} first, {self.waiting.describe()} waiting; {of}: {self.codec.describe()}"
+
+
+def first(marks: Tensor, n: int) -> Tensor:
+    """Where the first n marks of each head are, and behind them what is not marked: bool [B,H,N] -> int64 [B,H,n]."""
+    return (~marks).to(torch.int8).argsort(dim=-1, stable=True)[..., :n]
+
+
+def packed(ids: Tensor) -> Tensor:
+    """As `Ragged` packs what is at them: those that are -1 last, as few as can be."""
+    there = ids >= 0
+    return ids.gather(2, first(there, int(there.sum(-1).max())))
 
 
 @dataclass(frozen=True, kw_only=True)
