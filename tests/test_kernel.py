@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from calidrop import ops
 from calidrop.attention import Queries, attend, merge
+from calidrop.methods._predictor import Predictor
 from calidrop.observe import Observation
 from calidrop.ops import alike, cpu
 from calidrop.state import Ragged
@@ -372,3 +373,21 @@ def test_the_last_key_that_is_alike(flags, N, D, later, monkeypatch):
     assert torch.equal(alike.in_torch(k, 0.7, later), want)
     if N > 100:
         assert (want == -1).any() and (want >= 0).any()
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("newest", [False, True])
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (2, 16), (3, 31), (4, 65), (6, 256)])
+def test_the_network_of_attention_predictor(flags, N, C, newest, monkeypatch):
+    """A view of a longer history, and rows that end at different blocks."""
+    use(flags, monkeypatch)
+    net, room = Predictor.fresh(0.5, 0.9), torch.full((N, 9, C), float("nan"))
+    x = room[:, 2:7]
+    x[:] = torch.rand(N, 5, C)
+    ends = torch.arange(C) < (C - torch.arange(N) % 3 * C // 4)[:, None]
+    for real in (None, ends):
+        assert cpu.runs_networks(x)
+        torch.testing.assert_close(
+            net.edge(x, real, newest), net._some(x, real, (0, 1) if newest else (1, 0)), atol=1e-6, rtol=1e-5
+        )
+    assert not cpu.runs_networks(x.clone().requires_grad_())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
+from calidrop.ops import cpu
 from calidrop.state import Shared
 
 NAME = "attention_predictor"
@@ -104,7 +105,9 @@ class Predictor(Expectation):
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
 
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
-        return self._some(x, real, (0, 1) if newest else (1, 0))
+        if not cpu.runs_networks(x):
+            return self._some(x, real, (0, 1) if newest else (1, 0))
+        return cpu.network(self._raised(x), real, [self.weights[n] for n in SHAPES if n != "head.bias"], newest)
 
     def finish(self, mean: Tensor) -> Tensor:
         return mean + self.weights["head.bias"]
@@ -112,12 +115,14 @@ class Predictor(Expectation):
     def _some(self, x: Tensor, real: Tensor | None, ends: tuple[int, int] = (1, 1)) -> Tensor:
         """ends: whether (1) the rows end before the first and behind the last of x, or (0) go on there, where what two
         further rows would have to say is left out."""
-        w, x = self.weights, x if self.power == 1 else x**self.power
-        h = self._conv(x[:, None], "conv1", ends)
+        h = self._conv(self._raised(x)[:, None], "conv1", ends)
         if real is not None:
             h = h * real[:, None, None]
         h = self._conv(h, "conv2", ends)
-        return torch.einsum("nctb,c->ntb", h, w["head.weight"])
+        return torch.einsum("nctb,c->ntb", h, self.weights["head.weight"])
+
+    def _raised(self, x: Tensor) -> Tensor:
+        return x if self.power == 1 else x**self.power
 
     def _conv(self, x: Tensor, name: str, ends: tuple[int, int]) -> Tensor:
         w, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]

@@ -1,7 +1,7 @@
 """The kernels for CPUs: compiled at first use for this machine, kept in the user's cache folder.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
-`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`.
+`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, that of `network` the convolutions of its caller.
 """
 
 from __future__ import annotations
@@ -64,12 +64,18 @@ class Kernel:
             return
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
-        self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
+        self.prompt, self.alike, self.network = (
+            library.calidrop_prompt,
+            library.calidrop_alike,
+            library.calidrop_network,
+        )
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
-        self.decode.restype = self.columns.restype = self.prompt.restype = self.alike.restype = None
+        self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
+        for function in (self.decode, self.columns, self.prompt, self.alike, self.network):
+            function.restype = None
 
 
 @functools.cache
@@ -250,6 +256,27 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
     kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
     return last
+
+
+def runs_networks(x: Tensor) -> bool:
+    """Whether `network` can be asked."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and not kernel().reason
+
+
+def network(x: Tensor, real: Tensor | None, weights: Sequence[Tensor], newest: bool) -> Tensor:
+    """`Predictor.edge` of what `runs_networks` allows: x [N,5,C], real bool [N,C]; weights and biases of the two
+    convolutions and the weights of their channels, fp32. -> [N,3,C]"""
+    N, _, C = x.shape
+    if x.stride()[1:] != (C, 1):
+        x = x.contiguous()
+    held = [w.contiguous() for w in weights]
+    real = None if real is None else real.contiguous()
+    out = torch.empty(N, 3, C)
+    kernel().network(
+        x.data_ptr(), x.stride(0), None if real is None else real.data_ptr(), *(w.data_ptr() for w in held),
+        N, C, newest, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 _Place = tuple[int, int, int, int]
