@@ -140,31 +140,36 @@ class Moving(State):
         x = history.flatten(0, 1)
         if rows < 2 * SEEN:
             return net.next_row(x, real).view(*shape[:2], -1)
-        share = net.shares(rows, history.device)
-        new = net.edge(x[:, -SEEN:], real, newest=True).view(*shape[:2], -1, blocks)
+        decay, new = net.decay, net.edge(x[:, -SEEN:], real, newest=True).view(*shape[:2], -1, blocks)
         old = None
-        if net.decay ** (rows - SEEN) > NOTHING:
+        if decay ** (rows - SEEN) > NOTHING:
             old = net.edge(x[:, :SEEN], real, newest=False).view(*shape[:2], -1, blocks)
         if self.sum is not None:
-            inner = self.sum if self.oldest is None else self.sum - share[REACH] * self.oldest
-            self.sum = F.pad(net.decay * inner, (0, blocks - inner.shape[-1])) + share[-1 - REACH] * new[:, :, 0]
+            inner = self.sum if self.oldest is None else self.sum - decay ** (rows - 1 - REACH) * self.oldest
+            if inner.shape[-1] < blocks:
+                inner = F.pad(inner, (0, blocks - inner.shape[-1]))
+            self.sum = decay * inner + decay**REACH * new[:, :, 0]
         if self.changed < blocks:
-            self.sum = self._of_columns(net, history, real, share)
+            self.sum = self._of_columns(net, history, real)
             self.changed = blocks
         assert self.sum is not None
-        total = self.sum + torch.einsum("bhtn,t->bhn", new[:, :, 1:], share[-REACH:])
+        total = self.sum
+        for age in range(REACH):
+            total = total + decay**age * new[:, :, -1 - age]
         if old is not None:
             self.oldest = old[:, :, -1].clone()
-            total = total + torch.einsum("bhtn,t->bhn", old[:, :, :-1], share[:REACH])
-        return net.finish((total / share.sum()).float())
+            for row in range(REACH):
+                total = total + decay ** (rows - 1 - row) * old[:, :, row]
+        return net.finish((total / sum(decay**age for age in range(rows))).float())
 
-    def _of_columns(self, net: Expectation, history: Tensor, real: Tensor | None, share: Tensor) -> Tensor:
+    def _of_columns(self, net: Expectation, history: Tensor, real: Tensor | None) -> Tensor:
         """`sum`, with what changed (and what sees that) asked anew."""
         first = max(0, self.changed - REACH)
         seen = max(0, first - REACH)
         terms = net.terms(history[..., seen:].flatten(0, 1), None if real is None else real[:, seen:])
         inner = terms.view(*history.shape[:3], -1)[:, :, REACH:-REACH, first - seen :]
-        found = torch.einsum("bhtn,t->bhn", inner.double(), share[REACH:-REACH].double())
+        share = net.shares(history.shape[2], history.device)[REACH:-REACH]
+        found = torch.einsum("bhtn,t->bhn", inner.double(), share.double())
         return found if self.sum is None else torch.cat([self.sum[..., :first], found], -1)
 
 
