@@ -68,10 +68,10 @@ def logits(
 
 def visible(qs: Queries, pos: Int[Tensor, "B H N"]) -> Bool[Tensor, "B H T N"]:
     """Which stored tokens each query may see."""
-    there = (pos >= 0)[:, :, None] & (qs.pos >= 0)[:, None, :, None]
+    there = (pos >= 0)[:, :, None]
     if qs.visible is not None:
-        return there & qs.visible(qs.pos, pos)
-    return there & (pos[:, :, None] <= qs.pos[:, None, :, None])
+        return there & (qs.pos >= 0)[:, None, :, None] & qs.visible(qs.pos, pos)
+    return there & (pos[:, :, None] <= qs.pos[:, None, :, None])  # a pad sees none, as its position is -1
 
 
 def attend(

@@ -89,15 +89,20 @@ class Rows(State):
         """[B,H,spans] -> [B,H,n], the columns of their blocks; the one behind the end for none."""
         assert self.history is not None
         per = n // ids.shape[2]
+        if per == 1:
+            return ids.masked_fill(ids < 0, self.history.shape[3])
         at = ids[..., None] * per + torch.arange(per, device=ids.device)
         return torch.where(ids[..., None] < 0, self.history.shape[3], at).flatten(2)
 
     def _append(self, rows: Tensor, last: Observation) -> None:
         assert self.history is not None
-        real = torch.ones(len(rows), self.size, dtype=torch.bool, device=rows.device)
-        real = torch.cat([real, last.queries.pos >= 0], 1)
+        real, new = last.queries.pos >= 0, rows.shape[2]
+        if new == 1 and bool(real.all()):
+            self.history = torch.cat([self.history[:, :, 1:], rows], 2)
+            return
+        real = F.pad(real, (self.size, 0), value=True)
         self.history = newest(torch.cat([self.history, rows], 2), real, self.size)
-        if len(last.queries) > 1:
+        if new > 1:
             self.moving.forget()
 
     def next_row(self, there: Tensor) -> Tensor:
@@ -148,18 +153,18 @@ class Moving(State):
             inner = self.sum if self.oldest is None else self.sum - decay ** (rows - 1 - REACH) * self.oldest
             if inner.shape[-1] < blocks:
                 inner = F.pad(inner, (0, blocks - inner.shape[-1]))
-            self.sum = decay * inner + decay**REACH * new[:, :, 0]
+            self.sum = torch.add(decay * inner, new[:, :, 0], alpha=decay**REACH)
         if self.changed < blocks:
             self.sum = self._of_columns(net, history, real)
             self.changed = blocks
         assert self.sum is not None
         total = self.sum
         for age in range(REACH):
-            total = total + decay**age * new[:, :, -1 - age]
+            total = torch.add(total, new[:, :, -1 - age], alpha=decay**age)
         if old is not None:
             self.oldest = old[:, :, -1].clone()
             for row in range(REACH):
-                total = total + decay ** (rows - 1 - row) * old[:, :, row]
+                total = torch.add(total, old[:, :, row], alpha=decay ** (rows - 1 - row))
         return net.finish((total / sum(decay**age for age in range(rows))).float())
 
     def _of_columns(self, net: Expectation, history: Tensor, real: Tensor | None) -> Tensor:
