@@ -161,6 +161,8 @@ class Predicted(Store):
         ids = kept.scatter(2, slot, torch.where(real, want, kept.gather(2, slot)))
         columns, self.arrival = self.log.read(want.masked_fill(~real, -1))
         self.coming, self.ids = Coming(slot, real, columns, ids), packed(ids)
+        if self.arrival.there:  # at once, so that it is not held twice
+            self._arrived()
 
     def _chosen(self, score: Tensor, there: Tensor) -> Tensor:
         """bool [B,H,spans]"""
