@@ -21,6 +21,7 @@ void calidrop_columns(Array, Array, int32_t, void*, void*, void*, int64_t, int64
 void calidrop_prompt(Array, Array, Array, int32_t, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t,
                      int32_t, float, float, void*, void*, void*, int32_t);
 void calidrop_alike(void*, int64_t, int64_t, int32_t, float, int32_t, void*, int32_t);
+void calidrop_network(void*, int64_t, void*, void*, void*, void*, void*, void*, int64_t, int64_t, int32_t, void*, int32_t);
 }
 
 struct Range {
@@ -81,6 +82,7 @@ int main(int, char** names) {
     case 1: call(calidrop_columns, w); break;
     case 2: call(calidrop_prompt, w); break;
     case 3: call(calidrop_alike, w); break;
+    case 4: call(calidrop_network, w); break;
   }
   std::fseek(file, memory, SEEK_SET);
   for (const Range& x : ranges) need(std::fwrite(x.at, 1, x.size, file) == x.size, "result");

@@ -21,7 +21,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 )
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike")
+FUNCTIONS = ("decode", "columns", "prompt", "alike", "network")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -137,3 +137,8 @@ def test_a_prompt(G, D, Dv, W, dtype, monkeypatch):
 @pytest.mark.parametrize("later", [False, True])
 def test_the_last_key_that_is_alike(later, monkeypatch):
     test_kernel.test_the_last_key_that_is_alike((), 611, 128, later, monkeypatch)
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_the_network_of_attention_predictor(newest, monkeypatch):
+    test_kernel.test_the_network_of_attention_predictor((), 3, 65, newest, monkeypatch)

@@ -361,7 +361,8 @@ def test_off_switch(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
-    """To machine code, with no GPU, and without spilling more than a few registers (latents: a table for sines)."""
+    """To machine code, with no GPU, and without spilling more than a register or two (MixKVQ: a few; latents: a table
+    for sines)."""
     worker = Path(__file__).with_name("triton_worker.py")
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -369,7 +370,9 @@ def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
     assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys", "_asked"}
-    assert all(k["STACK"] <= (64 if k["name"] in ("_keys", "_asked") else 32) for k in kernels)
+    for k in kernels:
+        most = 64 if k["name"] in ("_keys", "_asked") else 32 if "mixkvq" in k["recipe"] else 16
+        assert k["STACK"] <= most, k
 
 
 def _templates() -> list[str]:

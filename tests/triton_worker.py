@@ -60,11 +60,12 @@ def usage(kernel) -> dict:
     return {"name": kernel.name, **found}
 
 
-def everything(dtype: torch.dtype, recipes: list[str]) -> None:
-    """Every kernel once, decode with every format."""
+def everything(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None:
+    """Every kernel once, decode with every format. asked: gets the recipe before its kernels are compiled."""
     D = 128
     qs = Queries(torch.randn(2, 6, 1, D).to(dtype), torch.full((2, 1), 999), 0.1)
     for recipe in recipes:
+        asked.append(recipe)
         kv = run(recipe, tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 300, D)))  # type: ignore[arg-type]
         window = kv.state.window.tokens()
         decode(qs, [*kv.state.store.attend(qs), ops.piece(window), attend(qs, window.k, window.v, window.pos)])
@@ -82,15 +83,16 @@ def everything(dtype: torch.dtype, recipes: list[str]) -> None:
 
 def main(capability: int) -> None:
     driver.set_active(Absent(capability))
-    whole, seen = JITFunction.run, {}
+    whole, seen, asked = JITFunction.run, {}, [""]
 
     def compiled(self, *args, grid, warmup, **options):
         kernel = whole(self, *args, grid=grid, warmup=True, **options)
-        seen[kernel.hash] = kernel
+        seen.setdefault(kernel.hash, (kernel, asked[-1]))
 
     JITFunction.run = compiled
-    everything(torch.bfloat16, [r for r in RECIPES if capability >= 89 or "fp8" not in r])  # older ones have no e4m3
-    print(json.dumps([usage(kernel) for kernel in seen.values()]))
+    recipes = [r for r in RECIPES if capability >= 89 or "fp8" not in r]  # older ones have no e4m3
+    everything(torch.bfloat16, recipes, asked)
+    print(json.dumps([usage(kernel) | {"recipe": recipe} for kernel, recipe in seen.values()]))
 
 
 if __name__ == "__main__":

@@ -64,11 +64,8 @@ class Kernel:
             return
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
-        self.prompt, self.alike, self.network = (
-            library.calidrop_prompt,
-            library.calidrop_alike,
-            library.calidrop_network,
-        )
+        self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
+        self.network = library.calidrop_network
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
