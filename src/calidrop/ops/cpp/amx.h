@@ -1,7 +1,7 @@
 // Products of codes with AMX: 16 x 16 sums of 64 products an instruction. Weights and queries are rounded to 16 bits as in
-// vnni.h, but as two signed bytes: high ones in rows 0 to 7 of a tile and low ones in rows 8 to 15.
+// words.h, but as two signed bytes: high ones in rows 0 to 7 of a tile and low ones in rows 8 to 15.
 #pragma once
-#include "vnni.h"
+#include "words.h"
 
 #if defined(CALIDROP_VNNI) && defined(__AMX_INT8__) && defined(__linux__) && !defined(CALIDROP_NO_AMX)
 #define CALIDROP_AMX 1
@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 namespace amx {
-using vnni::MIDDLE;
+using words::MIDDLE;
 
 constexpr int ROWS = 8;  // weights or queries at once
 
@@ -50,8 +50,8 @@ struct Fixed {
   // row r becomes x[0..n), the rest of it 0
   void set(int r, const float* x, int n) {
     __m512i most = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 16) most = _mm512_max_epu32(most, vnni::size_of(head(x + i, n - i)));
-    step[r] = vnni::step_of(most);
+    for (int i = 0; i < n; i += 16) most = _mm512_max_epu32(most, words::size_of(head(x + i, n - i)));
+    step[r] = words::step_of(most);
     const float inverse = step[r] > 0.0f ? 1.0f / step[r] : 0.0f;
     int8_t *h = lines[r * width].of, *l = lines[(8 + r) * width].of;
     V rest = {};
@@ -165,7 +165,7 @@ template <int BITS> inline void lay_keys(const char* k, int64_t step, int n, int
       _mm512_store_si512(b.keys + 4096 * j + 64 * t, C::load(k + std::min(t, n - 1) * step + j * C::BYTES));
 }
 
-// `dots` and `scores`: as vnni::dots, n at most BLOCK
+// `dots` and `scores`: as words::dots, n at most BLOCK
 template <int BITS> inline void dots(const char* k, int64_t step, int n, int codes, Buffers& b) {
   const int chunks = codes / 64;
   const bool whole = BITS == 8 && n == BLOCK;
@@ -217,7 +217,7 @@ template <int BITS> inline void lay_values(const char* p, int64_t step, int n, i
       for (int u = 0; u < 4; ++u) _mm512_store_si512(to + 1024 * u, four[u]);
     }
 }
-// `rows` and `add`: as vnni::rows for codes in chunks of 64, at most BLOCK rows of them
+// `rows` and `add`: as words::rows for codes in chunks of 64, at most BLOCK rows of them
 inline void rows(int codes, const Fixed& w, Buffers& b) {
   fence();
   _tile_loadd(7, w.lines.data(), 64);

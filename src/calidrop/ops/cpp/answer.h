@@ -65,7 +65,7 @@ inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, 
     for (int t = 16; t < end; t += 16) {
       V y = load<V>(x + t);
       odd |= y != y;
-      top = y > top ? y : top;
+      top = pick(y > top, y, top);
     }
     a.shrink[r] = 1.0f;
     float m = a.m[r];

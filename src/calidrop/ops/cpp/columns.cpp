@@ -24,7 +24,7 @@ inline void weigh(const Asked& c, const Block& x, const float* s, int32_t at, fl
     V y = load<V>(s + 16 * i) * c.scale;
     if (c.softcap > 0.0f) y = tanh(y / c.softcap) * c.softcap;
     y = exp(y - lse);
-    total[i] += all ? y : load<Lanes<16>::I>(x.pos + 16 * i) <= at ? y : V{};
+    total[i] += all ? y : pick(load<Lanes<16>::I>(x.pos + 16 * i) <= at, y, V{});
   }
 }
 

@@ -1,6 +1,6 @@
 // Decode attention on a CPU: a few queries per kv head over any number of pieces of cache, joined by their log-sum-exp
 // in one call. The oracle is calidrop.attention (attend, merge) on the decoded tokens. Portable C++17 with GCC/Clang
-// vector types, which become AVX-512, AVX2 or NEON.
+// vector types of the size of a register of AVX-512, AVX2 or NEON.
 #include "pieces.h"
 #include "threads.h"
 

@@ -1,6 +1,6 @@
 // Codes with a scale and zero for a group of channels or of tokens.
 #include "pieces.h"
-#include "vnni.h"
+#include "words.h"
 
 namespace {
 
@@ -8,8 +8,8 @@ struct Scratch {
   std::vector<float> q, s, x, w, scores, own, zeros, scale, zero, straight;
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
-#ifdef CALIDROP_VNNI
-  vnni::Words<false> right;
+#ifdef CALIDROP_WORDS
+  words::Words<false> right;
 #endif
   void size(const Call& c, const Piece& x) {
     q.resize(c.R * x.D), s.resize(c.R * SCORES), w.resize(c.R * SCORES), straight.resize(c.Dv);
@@ -19,10 +19,10 @@ struct Scratch {
 // the b-th codes of L bytes
 template <int BITS, int L> inline typename Lanes<L>::F opened(typename Lanes<L>::B x, int b) {
   const auto code = (x >> static_cast<uint8_t>(BITS * b)) & static_cast<uint8_t>((1 << BITS) - 1);
-  return __builtin_convertvector(__builtin_convertvector(code, typename Lanes<L>::I), typename Lanes<L>::F);
+  return converted<typename Lanes<L>::F>(widened(code));
 }
 
-// sums over `n` rows of `codes` codes, as `rows` of vnni.h but portable; in the order of `plane_order`
+// sums over `n` rows of `codes` codes, as `rows` of words.h but portable; in the order of `plane_order`
 template <int BITS, int L>
 void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int R, int w_width, float* to, int width) {
   using F = typename Lanes<L>::F;
@@ -42,8 +42,7 @@ void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int 
       for (int r = 0; r < rows; ++r)
         for (int b = 0; b < PER; ++b) {
           float* o = to + static_cast<size_t>(r0 + r) * width + b * bytes + j * L;
-          F y = load<F>(o) + sum[r][b];
-          std::memcpy(o, &y, sizeof(F));
+          store(o, load<F>(o) + sum[r][b]);
         }
     }
   }
@@ -53,13 +52,13 @@ void rows_of(const char* p, int64_t step, int n, int codes, const float* w, int 
 template <int BITS>
 void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, int x_width, const float* scale, float* to,
           int width, Scratch& w) {
-#ifdef CALIDROP_VNNI
-  if (vnni::fits(codes)) {
-    for (int i = 0; i < n; i += vnni::ROWS) {
-      const int some = std::min(vnni::ROWS, n - i);
+#ifdef CALIDROP_WORDS
+  if (words::fits(codes)) {
+    for (int i = 0; i < n; i += words::ROWS) {
+      const int some = std::min(words::ROWS, n - i);
       w.right.size(R, some);
       w.right.set(x + i, x_width, some, scale + i);
-      vnni::rows<BITS>(p + i * step, step, some, codes, w.right, R, to, width);
+      words::rows<BITS>(p + i * step, step, some, codes, w.right, R, to, width);
     }
     return;
   }
@@ -76,15 +75,15 @@ void rows(const char* p, int64_t step, int n, int codes, const float* x, int R, 
 template <int BITS> void row_order(int codes, std::vector<int>& order) {
   order.resize(codes);
   plane_order<BITS>(codes, order.data());
-#ifdef CALIDROP_VNNI
-  if (vnni::fits(codes)) vnni::sum_order<BITS>(codes, order.data());
+#ifdef CALIDROP_WORDS
+  if (words::fits(codes)) words::sum_order<BITS>(codes, order.data());
 #endif
 }
 
 // n numbers in the order of codes, code i from where place[i] says
 inline void in_order(const float* from, const std::vector<int>& place, int n, float* to) {
 #ifdef CALIDROP_VNNI
-  if (n == 32) return vnni::take32(from, place.data(), to);
+  if (n == 32) return words::take32(from, place.data(), to);
 #endif
   for (int i = 0; i < n; ++i) to[i] = from[place[i]];
 }

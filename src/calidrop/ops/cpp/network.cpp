@@ -37,7 +37,7 @@ void first(const Weights& w, Tile& t, int to) {
       for (int c = 0; c < FIRST; ++c) {
         V y = splat(w.b1[c]);
         for (int tap = 0; tap < 9; ++tap) y += x[tap] * w.w1[9 * c + tap];
-        store(t.h[j + to][c] + i, (y < V{} ? V{} : y) * there);
+        store(t.h[j + to][c] + i, pick(y < V{}, V{}, y) * there);
       }
     }
 }
@@ -64,7 +64,7 @@ inline void second(const Weights& w, const Tile& t, int j, int i, int part, V* t
 #pragma GCC unroll 8
   for (int o = 0; o < AT_ONCE; ++o)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) total[v] += (y[o][v] < V{} ? V{} : y[o][v]) * w.head[part * AT_ONCE + o];
+    for (int v = 0; v < VECTORS; ++v) total[v] += pick(y[o][v] < V{}, V{}, y[o][v]) * w.head[part * AT_ONCE + o];
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Codes with a scale and zero per token.
 #include "amx.h"
 #include "pieces.h"
-#include "vnni.h"
+#include "words.h"
 
 namespace {
 
@@ -9,9 +9,9 @@ struct Scratch {
   std::vector<float> q, s, zeros, straight;
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
-#ifdef CALIDROP_VNNI
-  vnni::Words<true> left;
-  vnni::Words<false> right;
+#ifdef CALIDROP_WORDS
+  words::Words<true> left;
+  words::Words<false> right;
 #endif
 #ifdef CALIDROP_AMX
   amx::Fixed tile_left, tile_right;
@@ -21,23 +21,29 @@ struct Scratch {
 
 // rows of codes that are converted to floats
 template <int BITS> struct Converted : Codes<BITS> {
-#ifdef CALIDROP_VNNI
-  static constexpr bool reads(int D) { return !vnni::fits(D); }
+#ifdef CALIDROP_WORDS
+  static constexpr bool reads(int D) { return !words::fits(D); }
 #endif
 };
 
 // sums and differences of lanes HALF apart
-template <int HALF> inline V butterflies(V x) {
-  V y, sign;
+template <int HALF, class X> ALWAYS X butterflies(X x) {
+  constexpr int LANES = sizeof(X) / sizeof(float);
+  if constexpr (!HALVED<X>) {
+    X y, sign;
 #ifdef __clang__
-  for (int i = 0; i < 16; ++i) y[i] = x[i ^ HALF];
+    for (int i = 0; i < LANES; ++i) y[i] = x[i ^ HALF];
 #else
-  Lanes<16>::I other;
-  for (int i = 0; i < 16; ++i) other[i] = i ^ HALF;
-  y = __builtin_shuffle(x, other);
+    typename Lanes<LANES>::I other;
+    for (int i = 0; i < LANES; ++i) other[i] = i ^ HALF;
+    y = __builtin_shuffle(x, other);
 #endif
-  for (int i = 0; i < 16; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
-  return y + sign * x;
+    for (int i = 0; i < LANES; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
+    return y + sign * x;
+  } else if constexpr (2 * HALF == LANES)
+    return {x.a + x.b, x.a - x.b};
+  else
+    return {butterflies<HALF>(x.a), butterflies<HALF>(x.b)};
 }
 
 // orthonormal, of blocks of the largest power of two that divides D
@@ -69,9 +75,9 @@ void hadamard(float* x, int D) {
 template <int BITS> void orders(int D, int Dv, [[maybe_unused]] bool tiles, Scratch& w) {
   w.k_order.resize(D), w.v_order.resize(Dv);
   plane_order<BITS>(D, w.k_order.data()), plane_order<BITS>(Dv, w.v_order.data());
-#ifdef CALIDROP_VNNI
-  if (vnni::fits(D)) vnni::code_order<BITS>(D, w.k_order.data());
-  if (vnni::fits(Dv)) vnni::sum_order<BITS>(Dv, w.v_order.data());
+#ifdef CALIDROP_WORDS
+  if (words::fits(D)) words::code_order<BITS>(D, w.k_order.data());
+  if (words::fits(Dv)) words::sum_order<BITS>(Dv, w.v_order.data());
 #endif
 #ifdef CALIDROP_AMX
   if (!tiles) return;
@@ -119,7 +125,7 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     zero_q[r] = sum(total);
     for (int d = 0; d < D; ++d) w.q[r * D + d] = mine[w.k_order[d]];
   }
-#ifdef CALIDROP_VNNI
+#ifdef CALIDROP_WORDS
   if (!tiles) {
     w.left.size(c.R, D), w.right.size(c.R, SCORES);
     w.left.set(w.q.data(), D, D);
@@ -156,9 +162,9 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
       amx::scores<BITS>(n, w.tile_left, c.R, w.s.data(), w.buffers);
     } else
 #endif
-#ifdef CALIDROP_VNNI
-    if (vnni::fits(D))
-      vnni::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data());
+#ifdef CALIDROP_WORDS
+    if (words::fits(D))
+      words::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data());
     else
 #endif
       dots_of<Converted<BITS>>(D, rows, keys.step, w.q.data(), w.s.data(), n, c.R);
@@ -187,10 +193,10 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
       continue;
     }
 #endif
-#ifdef CALIDROP_VNNI
-    if (vnni::fits(Dv)) {
+#ifdef CALIDROP_WORDS
+    if (words::fits(Dv)) {
       w.right.set(w.s.data(), SCORES, n, scale);
-      vnni::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D);
+      words::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D);
       continue;
     }
 #endif

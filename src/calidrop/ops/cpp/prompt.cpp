@@ -84,9 +84,9 @@ template <class F> struct Worker {
         for (int i = 0; i < BLOCK; i += 16) {
           V z = load<V>(y + i);
           if (c.softcap > 0.0f) z = tanh(z / c.softcap) * c.softcap;
-          if (!all) z = load<Lanes<16>::I>(x.pos + i) <= mine ? z : splat(NONE);
+          if (!all) z = pick(load<Lanes<16>::I>(x.pos + i) <= mine, z, splat(NONE));
           if (!all || c.softcap > 0.0f) store(y + i, z);
-          largest = z > largest ? z : largest;
+          largest = pick(z > largest, z, largest);
         }
         store(top.data() + 16 * r, largest);
       }

@@ -16,8 +16,7 @@ struct Float32 : Every {
 struct BFloat16 : Every {
   static constexpr int BITS = 16;
   static inline V at(const char* row, int i, int) {
-    auto x = __builtin_convertvector(load<Lanes<16>::H>(row + 32 * i), Lanes<16>::U) << 16;
-    return (V)x;
+    return bits_of<V>(widened(load<Lanes<16>::H>(row + 32 * i)) << 16);
   }
 };
 struct Float16 : Every {
@@ -30,7 +29,7 @@ struct E4M3 : Every {
   static constexpr int BITS = 8;
   static inline V at(const char* row, int i, int) {
     using H = Lanes<16>::H;
-    const H x = __builtin_convertvector((Lanes<16>::S)load<Lanes<16>::B>(row + 16 * i), H) << 7;  // the sign twice
+    const H x = widened(load<Lanes<16>::S>(row + 16 * i)) << 7;  // the sign twice
     return of_halves(x & uint16_t{0xbfff});
   }
 };
@@ -40,10 +39,12 @@ template <int N> struct Codes : Every {
     const int per_plane = vectors * N / 8, plane = i / per_plane;
     auto x = load<Lanes<16>::B>(row + 16 * (i % per_plane));
     auto c = (x >> static_cast<uint8_t>(N * plane)) & static_cast<uint8_t>((1 << N) - 1);
-    return __builtin_convertvector(__builtin_convertvector(c, Lanes<16>::I), V);
+    return converted<V>(widened(c));
   }
 };
 
+// vectors of a row whose products are written out: where registers are few, compilers then would keep sums in memory
+constexpr int UNROLLED = REGISTER == 64 ? 8 : 1;
 constexpr int AHEAD = 16;  // tokens between those that are worked on and those that memory is asked for
 
 // asks for the line in which vector i of a row begins, once for all vectors of the line
@@ -52,19 +53,18 @@ template <class F> inline void ask_ahead(const char* row, int i) {
   if (at % 64 == 0) __builtin_prefetch(row + at);
 }
 
-// RT rows of scores at a time
+// RT rows of scores, of as many tokens at once as registers hold sums of; behind the last it stands in
 template <class F, int NV, int RT>
 inline void dots(const char* k, int64_t step, const float* q, int D, float* s, int n) {
-#ifdef __AVX512F__
-  for (int t = 0; t < n; t += 4) {  // four tokens, whose sums are then found together; behind the last it stands in
-    const char* row[4];
-    for (int j = 0; j < 4; ++j) row[j] = k + std::min(t + j, n - 1) * step;
-    V a[4 * RT] = {};
-#pragma GCC unroll 8
+  for (int t = 0; t < n; t += TOKENS) {
+    const char* row[TOKENS];
+    for (int j = 0; j < TOKENS; ++j) row[j] = k + std::min(t + j, n - 1) * step;
+    Register a[TOKENS * RT] = {};
+#pragma GCC unroll UNROLLED
     for (int i = 0; i < NV; ++i) {
-      V x[4];
+      V x[TOKENS];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < TOKENS; ++j) {
         x[j] = F::at(row[j], i, NV);
         ask_ahead<F>(row[j] + AHEAD * step, i);
       }
@@ -72,23 +72,11 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
       for (int r = 0; r < RT; ++r) {
         const V y = load<V>(q + r * D + 16 * i);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) a[4 * r + j] += x[j] * y;
+        for (int j = 0; j < TOKENS; ++j) add_products(a[TOKENS * r + j], x[j], y);
       }
     }
     store_sums<RT>(a, s + t, SCORES);
   }
-#else
-  for (int t = 0; t < n; ++t) {
-    const char* row = k + t * step;
-    V a[RT] = {};
-    for (int i = 0; i < NV; ++i) {
-      V x = F::at(row, i, NV);
-      ask_ahead<F>(row + AHEAD * step, i);
-      for (int r = 0; r < RT; ++r) a[r] += x * load<V>(q + r * D + 16 * i);
-    }
-    for (int r = 0; r < RT; ++r) s[r * SCORES + t] = sum(a[r]);
-  }
-#endif
 }
 
 // o: rows `wide` apart, of which VT vectors from `from` on
@@ -118,7 +106,7 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int wid
 // in parts of a row whose sums fit the registers
 template <class F, int NV, int RT>
 inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
-  constexpr int VT = NV <= 6 ? NV : 4;
+  constexpr int VT = REGISTER == 64 ? NV <= 6 ? NV : 4 : RT > 2 || NV % 2 ? 1 : 2;
   for (int from = 0; from < NV; from += VT) weigh<F, NV, RT, VT>(v, step, p, o, wide, n, from);
 }
 

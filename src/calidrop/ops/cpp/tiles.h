@@ -31,8 +31,8 @@ struct Block {
 
 // x of any sign and size
 inline V tanh(V x) {
-  const V e = exp(x < V{} ? 2.0f * x : -2.0f * x), t = (1.0f - e) / (1.0f + e);
-  return x < V{} ? -t : t;
+  const V e = exp(pick(x < V{}, 2.0f * x, -2.0f * x)), t = (1.0f - e) / (1.0f + e);
+  return pick(x < V{}, -t, t);
 }
 
 // a tile of scores, rows `step` apart: rows of q against 16 * WIDE keys laid out by channels

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -15,14 +17,68 @@
 
 namespace {
 
-template <int L> struct Lanes {
-  typedef float F __attribute__((vector_size(4 * L), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(4 * L), aligned(4)));
-  typedef uint32_t U __attribute__((vector_size(4 * L), aligned(4)));
-  typedef uint16_t H __attribute__((vector_size(2 * L), aligned(2)));
-  typedef uint8_t B __attribute__((vector_size(L), aligned(1)));
-  typedef int8_t S __attribute__((vector_size(L), aligned(1)));
+#define ALWAYS inline __attribute__((always_inline))
+
+// What a register holds. Compilers keep wider vectors in memory, so here those are two halves.
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+template <class T, int L> struct Two;
+template <class T, int L, bool WHOLE = sizeof(T) * L <= REGISTER> struct Vector {
+  typedef T type __attribute__((vector_size(sizeof(T) * L), aligned(sizeof(T))));
 };
+template <int L> struct Vector<float, L, true> {
+  typedef float type __attribute__((vector_size(4 * L), aligned(4), may_alias));
+};
+template <class T, int L> struct Vector<T, L, false> {
+  using type = Two<T, L>;
+};
+template <int L> struct Lanes {
+  using F = typename Vector<float, L>::type;
+  using I = typename Vector<int32_t, L>::type;
+  using U = typename Vector<uint32_t, L>::type;
+  using H = typename Vector<uint16_t, L>::type;
+  using B = typename Vector<uint8_t, L>::type;
+  using S = typename Vector<int8_t, L>::type;
+};
+
+template <class T, int L> struct Two {
+  using Half = typename Vector<T, L / 2>::type;
+  using Mask = typename Lanes<L>::I;
+  Half a, b;
+  ALWAYS T operator[](int i) const { return i < L / 2 ? a[i] : b[i - L / 2]; }
+  friend ALWAYS Two operator-(Two x) { return {-x.a, -x.b}; }
+#define CALIDROP_BOTH(op)                                                            \
+  friend ALWAYS Two operator op(Two x, Two y) { return {x.a op y.a, x.b op y.b}; }   \
+  friend ALWAYS Two operator op(Two x, T y) { return {x.a op y, x.b op y}; }         \
+  friend ALWAYS Two operator op(T x, Two y) { return {x op y.a, x op y.b}; }         \
+  friend ALWAYS Two& operator op##=(Two& x, Two y) { return x = x op y; }
+  CALIDROP_BOTH(+)
+  CALIDROP_BOTH(-)
+  CALIDROP_BOTH(*)
+  CALIDROP_BOTH(/)
+  CALIDROP_BOTH(&)
+  CALIDROP_BOTH(|)
+  CALIDROP_BOTH(<<)
+  CALIDROP_BOTH(>>)
+#undef CALIDROP_BOTH
+#define CALIDROP_BOTH(op)                                                            \
+  friend ALWAYS Mask operator op(Two x, Two y) { return {x.a op y.a, x.b op y.b}; }  \
+  friend ALWAYS Mask operator op(Two x, T y) { return {x.a op y, x.b op y}; }
+  CALIDROP_BOTH(<)
+  CALIDROP_BOTH(>)
+  CALIDROP_BOTH(<=)
+  CALIDROP_BOTH(==)
+  CALIDROP_BOTH(!=)
+#undef CALIDROP_BOTH
+};
+template <class X> constexpr bool HALVED = false;
+template <class T, int L> constexpr bool HALVED<Two<T, L>> = true;
+
 using V = Lanes<16>::F;
 constexpr int BLOCK = 64;  // tokens of a prompt whose scores are held at once
 constexpr int SCORES = 128;  // tokens that a step of decoding asks at once: scores of a query are so far from those of the next
@@ -31,33 +87,135 @@ constexpr float NONE = -INFINITY;
 inline V splat(float x) { return V{} + x; }
 
 // by value and not through memcpy, which would have the compiler keep x in memory all along
-inline void store(void* p, V x) { *static_cast<V*>(p) = x; }
-
-inline void halves(V x, Lanes<8>::F& a, Lanes<8>::F& b) {
 #ifdef __AVX512F__
+inline void store(void* p, Lanes<16>::F x) { *static_cast<Lanes<16>::F*>(p) = x; }
+#endif
+#ifdef __AVX2__
+inline void store(void* p, Lanes<8>::F x) { *static_cast<Lanes<8>::F*>(p) = x; }
+#endif
+inline void store(void* p, Lanes<4>::F x) { *static_cast<Lanes<4>::F*>(p) = x; }
+template <class T, int L> ALWAYS void store(void* p, Two<T, L> x) {
+  store(p, x.a), store(static_cast<char*>(p) + sizeof x.a, x.b);
+}
+
+template <class X> inline X load(const void* p) {
+  if constexpr (HALVED<X>)
+    return {load<decltype(X::a)>(p), load<decltype(X::b)>(static_cast<const char*>(p) + sizeof(X::a))};
+  else {
+    X x;
+    std::memcpy(&x, p, sizeof(X));
+    return x;
+  }
+}
+
+template <class T, int L> ALWAYS void halves(Two<T, L> x, typename Two<T, L>::Half& a, typename Two<T, L>::Half& b) {
+  a = x.a, b = x.b;
+}
+#ifdef __AVX512F__
+inline void halves(V x, Lanes<8>::F& a, Lanes<8>::F& b) {
   a = (Lanes<8>::F)_mm512_castps512_ps256((__m512)x);
   b = (Lanes<8>::F)_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
-#else
-  std::memcpy(&a, &x, 32);
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 32, 32);
-#endif
 }
-
+#endif
+#ifdef __AVX2__
 inline void halves(Lanes<8>::F x, Lanes<4>::F& a, Lanes<4>::F& b) {
-#ifdef __AVX512F__
   a = (Lanes<4>::F)_mm256_castps256_ps128((__m256)x);
   b = (Lanes<4>::F)_mm256_extractf128_ps((__m256)x, 1);
+}
+#endif
+
+// x where a mask has all bits, y where it has none
+template <class M, class X> ALWAYS X pick(M m, X x, X y) {
+  if constexpr (HALVED<X>)
+    return {pick(m.a, x.a, y.a), pick(m.b, x.b, y.b)};
+  else
+    return m ? x : y;
+}
+
+// the same bits
+template <class To, class X> ALWAYS To bits_of(X x) {
+  if constexpr (HALVED<X>)
+    return {bits_of<decltype(To::a)>(x.a), bits_of<decltype(To::b)>(x.b)};
+  else
+    return (To)x;
+}
+
+// whole numbers as floats, and back
+template <class To, class X> ALWAYS To converted(X x) {
+  if constexpr (HALVED<X>)
+    return {converted<decltype(To::a)>(x.a), converted<decltype(To::b)>(x.b)};
+  else
+    return __builtin_convertvector(x, To);
+}
+
+// Numbers of fewer bits widened: written out, as compilers would move them one by one where the result fills two registers.
+template <class To, class X> ALWAYS To one_by_one(X x) {
+  std::remove_reference_t<decltype(std::declval<To>()[0])> y[sizeof(X) / sizeof(x[0])];
+  for (size_t i = 0; i < sizeof(y) / sizeof(y[0]); ++i) y[i] = x[i];
+  return load<To>(y);
+}
+
+ALWAYS Lanes<16>::I widened(Lanes<16>::B x) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(x, Lanes<16>::I);
+#elif defined(__AVX2__)
+  const __m128i y = (__m128i)x;
+  return {(Lanes<8>::I)_mm256_cvtepu8_epi32(y), (Lanes<8>::I)_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(y, y))};
+#elif defined(__aarch64__)
+  const auto eight = [](uint16x8_t y) -> Lanes<8>::I {
+    return {(Lanes<4>::I)vmovl_u16(vget_low_u16(y)), (Lanes<4>::I)vmovl_u16(vget_high_u16(y))};
+  };
+  return {eight(vmovl_u8(vget_low_u8((uint8x16_t)x))), eight(vmovl_u8(vget_high_u8((uint8x16_t)x)))};
 #else
-  std::memcpy(&a, &x, 16);
-  std::memcpy(&b, reinterpret_cast<const char*>(&x) + 16, 16);
+  return one_by_one<Lanes<16>::I>(x);
 #endif
 }
 
+ALWAYS Lanes<8>::I widened(Lanes<8>::B x) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(x, Lanes<8>::I);
+#elif defined(__AVX2__)
+  return (Lanes<8>::I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int64_t>(&x)));
+#else
+  return one_by_one<Lanes<8>::I>(x);
+#endif
+}
+
+ALWAYS Lanes<16>::U widened(Lanes<16>::H x) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(x, Lanes<16>::U);
+#elif defined(__AVX2__)
+  const __m256i y = (__m256i)x;
+  return {(Lanes<8>::U)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(y)),
+          (Lanes<8>::U)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(y, 1))};
+#elif defined(__aarch64__)
+  const auto eight = [](uint16x8_t y) -> Lanes<8>::U {
+    return {(Lanes<4>::U)vmovl_u16(vget_low_u16(y)), (Lanes<4>::U)vmovl_u16(vget_high_u16(y))};
+  };
+  return {eight((uint16x8_t)x.a), eight((uint16x8_t)x.b)};
+#else
+  return one_by_one<Lanes<16>::U>(x);
+#endif
+}
+
+// with their sign
+ALWAYS Lanes<16>::H widened(Lanes<16>::S x) {
+#if defined(__AVX2__)
+  return __builtin_convertvector(x, Lanes<16>::H);
+#elif defined(__aarch64__)
+  const auto y = (int8x16_t)x;
+  return {(Lanes<8>::H)vmovl_s8(vget_low_s8(y)), (Lanes<8>::H)vmovl_s8(vget_high_s8(y))};
+#else
+  return one_by_one<Lanes<16>::H>(x);
+#endif
+}
+
+inline float sum(Lanes<4>::F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
 inline float sum(Lanes<8>::F x) {
-  Lanes<4>::F c, d;
-  halves(x, c, d);
-  c += d;
-  return (c[0] + c[2]) + (c[1] + c[3]);
+  Lanes<4>::F a, b;
+  halves(x, a, b);
+  return sum(a + b);
 }
 
 inline float sum(V x) {
@@ -66,9 +224,23 @@ inline float sum(V x) {
   return sum(a + b);
 }
 
-#ifdef __AVX512F__
-// to[r * apart + j] becomes the sum of x[4 * r + j], for r < R and j < 4
-template <int R> inline void store_sums(const V* x, float* to, int apart) {
+using Register = Lanes<REGISTER / 4>::F;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int TOKENS = 2;  // whose sums for four queries registers hold
+#else
+constexpr int TOKENS = 4;
+#endif
+
+template <class X> ALWAYS void add_products(Register& sum, X x, X y) {
+  if constexpr (HALVED<X>)
+    add_products(sum, x.a, y.a), add_products(sum, x.b, y.b);
+  else
+    sum += x * y;
+}
+
+// to[r * apart + j] becomes the sum of x[TOKENS * r + j], for r < R and j < TOKENS
+#if defined(__AVX512F__)
+template <int R> inline void store_sums(const Register* x, float* to, int apart) {
   const auto two = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   const auto halved = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
@@ -88,6 +260,31 @@ template <int R> inline void store_sums(const V* x, float* to, int apart) {
   if constexpr (R > 2) _mm_storeu_ps(to + 2 * apart, _mm512_extractf32x4_ps(all, 2));
   if constexpr (R > 3) _mm_storeu_ps(to + 3 * apart, _mm512_extractf32x4_ps(all, 3));
 }
+#elif defined(__AVX2__)
+template <int R> ALWAYS void store_sums(const Register* x, float* to, int apart) {
+#pragma GCC unroll 2
+  for (int r = 0; r < R; r += 2) {
+    const auto at = [&](int i) { return (__m256)x[i]; };
+    const __m256 mine = _mm256_hadd_ps(at(2 * r), at(2 * r + 1));
+    const __m256 next = r + 1 < R ? _mm256_hadd_ps(at(2 * r + 2), at(2 * r + 3)) : mine;
+    const __m256 all = _mm256_hadd_ps(mine, next);
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storel_pi(reinterpret_cast<__m64*>(to + r * apart), sums);
+    if (r + 1 < R) _mm_storeh_pi(reinterpret_cast<__m64*>(to + (r + 1) * apart), sums);
+  }
+}
+#else
+template <int R> ALWAYS void store_sums(const Register* x, float* to, int apart) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#ifdef __aarch64__
+    const auto at = [&](int j) { return (float32x4_t)x[4 * r + j]; };
+    vst1q_f32(to + r * apart, vpaddq_f32(vpaddq_f32(at(0), at(1)), vpaddq_f32(at(2), at(3))));
+#else
+    for (int j = 0; j < 4; ++j) to[r * apart + j] = sum(x[4 * r + j]);
+#endif
+  }
+}
 #endif
 
 // the largest of numbers none of which is NaN
@@ -95,8 +292,8 @@ inline float most(V x) {
   Lanes<8>::F a, b;
   halves(x, a, b);
   Lanes<4>::F c, d;
-  halves(a > b ? a : b, c, d);
-  c = c > d ? c : d;
+  halves(pick(a > b, a, b), c, d);
+  c = pick(c > d, c, d);
   return std::max(std::max(c[0], c[2]), std::max(c[1], c[3]));
 }
 
@@ -104,9 +301,11 @@ inline bool any(Lanes<16>::I x) {
 #ifdef __AVX512F__
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
 #else
-  int64_t w[8];
-  std::memcpy(w, &x, 64);
-  return ((w[0] | w[1]) | (w[2] | w[3])) | ((w[4] | w[5]) | (w[6] | w[7]));
+  Lanes<8>::I a, b;
+  halves(x, a, b);
+  int64_t w[4];
+  store(w, bits_of<Lanes<8>::F>(a | b));
+  return (w[0] | w[1]) | (w[2] | w[3]);
 #endif
 }
 
@@ -115,7 +314,7 @@ inline V exp(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
 #ifndef __AVX512F__
   Lanes<16>::I tiny = x < splat(-87.0f);
-  x = tiny ? splat(-87.0f) : x;
+  x = pick(tiny, splat(-87.0f), x);
 #endif
   V n = (x * 1.44269504f + magic) - magic;
   V r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -130,7 +329,7 @@ inline V exp(V x) {
   // not below: what is no number stays none
   return (V)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
 #else
-  return tiny ? V{} : p * (V)((__builtin_convertvector(n, Lanes<16>::I) + 127) << 23);
+  return pick(tiny, V{}, p * bits_of<V>((converted<Lanes<16>::I>(n) + 127) << 23));
 #endif
 }
 
@@ -152,12 +351,6 @@ inline float half(uint16_t h) {
 #endif
 }
 
-template <class T> inline T load(const void* p) {
-  T x;
-  std::memcpy(&x, p, sizeof(T));
-  return x;
-}
-
 inline int whole_vectors(int n) { return (n + 15) / 16 * 16; }
 
 // the first 16 of `left` numbers, zeros behind them
@@ -166,9 +359,9 @@ inline V head(const float* p, int left) {
 #ifdef __AVX512F__
   return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << left) - 1), p);
 #else
-  V x = {};
-  std::memcpy(&x, p, sizeof(float) * left);
-  return x;
+  alignas(64) float x[16] = {};
+  std::memcpy(x, p, sizeof(float) * left);
+  return load<V>(x);
 #endif
 }
 
@@ -196,27 +389,19 @@ inline void every(const float* from, int step, int n, float* to) {
 inline V of_halves(Lanes<16>::H halves) {
 #if defined(__AVX512F__)
   return (V)_mm512_cvtph_ps((__m256i)halves);
-#elif defined(__F16C__)
-  const auto* of = reinterpret_cast<const __m128i*>(&halves);
-  V x;
-  for (int i = 0; i < 2; ++i) {
-    const __m256 y = _mm256_cvtph_ps(_mm_loadu_si128(of + i));
-    std::memcpy(reinterpret_cast<char*>(&x) + 32 * i, &y, 32);
-  }
-  return x;
+#elif defined(__AVX2__) && defined(__F16C__)
+  const auto all = (__m256i)halves;
+  return {(Lanes<8>::F)_mm256_cvtph_ps(_mm256_castsi256_si128(all)), (Lanes<8>::F)_mm256_cvtph_ps(_mm256_extracti128_si256(all, 1))};
 #elif defined(__ARM_NEON)
-  V x;
-  for (int i = 0; i < 4; ++i) {
-    const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(&halves) + 4 * i)));
-    std::memcpy(reinterpret_cast<char*>(&x) + 16 * i, &y, 16);
-  }
-  return x;
+  const auto four = [](uint16x4_t x) { return (Lanes<4>::F)vcvt_f32_f16(vreinterpret_f16_u16(x)); };
+  const auto a = (uint16x8_t)halves.a, b = (uint16x8_t)halves.b;
+  return {{four(vget_low_u16(a)), four(vget_high_u16(a))}, {four(vget_low_u16(b)), four(vget_high_u16(b))}};
 #else  // as `half`
   using U = Lanes<16>::U;
-  const U h = __builtin_convertvector(halves, U);
-  const V x = (V)((h & 0x7fffu) << 13) * splat(0x1p112f);
-  const U beyond = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-  return (V)((U)x | beyond | (h & 0x8000u) << 16);
+  const U h = widened(halves);
+  const V x = bits_of<V>((h & 0x7fffu) << 13) * splat(0x1p112f);
+  const U beyond = bits_of<U>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bits_of<V>(bits_of<U>(x) | beyond | (h & 0x8000u) << 16);
 #endif
 }
 
