@@ -132,13 +132,16 @@ constexpr bool SHIFTS_WORDS = false;
 inline Int low(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
 inline Int high(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
 
-inline void add(Int& sum, Int a, Int b) { sum = plus(sum, _mm256_madd_epi16(a, b)); }
-inline void begin(Int& sum, Int a, const Line& b) { asm("vpmaddwd %2, %1, %0" : "=x"(sum) : "x"(a), "m"(b)); }
+// Written out because compilers (GCC 12) keep all products to add them in another order, and that in memory.
+inline void add(Int& sum, Int a, Int b) {
+  Int x;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(x) : "x"(a), "x"(b));
+}
 inline void add(Int& sum, Int a, const Line& b) {
   Int x;
-  begin(x, a, b);
-  sum = plus(sum, x);
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(x) : "x"(a), "m"(b));
 }
+inline void begin(Int& sum, Int a, const Line& b) { asm("vpmaddwd %2, %1, %0" : "=x"(sum) : "x"(a), "m"(b)); }
 
 template <int W> inline Int repeated(const char* p) {
   if constexpr (W == 32) return _mm256_loadu_si256(reinterpret_cast<const Int*>(p));

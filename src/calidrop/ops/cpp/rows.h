@@ -44,6 +44,7 @@ template <int N> struct Codes : Every {
 };
 
 // vectors of a row whose products are written out: where registers are few, compilers then would keep sums in memory
+constexpr int TOGETHER = REGISTER == 64 ? SCORES : 16;
 constexpr int UNROLLED = REGISTER == 64 ? 8 : 1;
 constexpr int AHEAD = 16;  // tokens between those that are worked on and those that memory is asked for
 
@@ -107,7 +108,9 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int wid
 template <class F, int NV, int RT>
 inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
   constexpr int VT = REGISTER == 64 ? NV <= 6 ? NV : 4 : RT > 2 || NV % 2 ? 1 : 2;
-  for (int from = 0; from < NV; from += VT) weigh<F, NV, RT, VT>(v, step, p, o, wide, n, from);
+  for (int t = 0; t < n; t += TOGETHER)
+    for (int from = 0; from < NV; from += VT)
+      weigh<F, NV, RT, VT>(v + t * step, step, p + t, o, wide, std::min(TOGETHER, n - t), from);
 }
 
 // as many rows at once as fit the registers
