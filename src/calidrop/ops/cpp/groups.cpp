@@ -9,6 +9,7 @@ struct Scratch {
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
 #ifdef CALIDROP_WORDS
+  std::vector<words::Words<true>> left;
   words::Words<false> right;
 #endif
   void size(const Call& c, const Piece& x) {
@@ -246,7 +247,7 @@ void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
 
 // ---- codes with a scale and zero per token and group of channels
 
-// scores of n tokens for R rows of queries, in the order of `plane_order`
+// scores of n tokens for R rows of queries, as `dots` of words.h but portable; in the order of `plane_order`
 template <int BITS, int L>
 void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int R, int q_width, float* s) {
   using F = typename Lanes<L>::F;
@@ -270,15 +271,19 @@ void dots_by(const char* p, int64_t step, int n, int codes, const float* q, int 
 
 // n rows of codes of 3 bits, eight in three bytes, as rows of codes of 4
 inline void widen(const char* from, int64_t step, int n, int codes, std::vector<char>& to) {
-  to.resize(static_cast<size_t>(SCORES) * codes / 2);
+  const int eights = codes / 8;
+  to.resize(static_cast<size_t>(SCORES) * eights * 4);
   for (int t = 0; t < n; ++t) {
-    const auto* row = reinterpret_cast<const uint8_t*>(from + t * step);
-    for (int i = 0; i < codes / 8; ++i) {
-      uint32_t x = row[3 * i] | row[3 * i + 1] << 8 | row[3 * i + 2] << 16;
-      x = (x & 0x000fffu) | (x & 0xfff000u) << 4;
-      x = (x & 0x003f003fu) | (x & 0x0fc00fc0u) << 2;
-      x = (x & 0x07070707u) | (x & 0x38383838u) << 1;
-      std::memcpy(to.data() + (static_cast<size_t>(t) * codes / 8 + i) * 4, &x, 4);
+    const char* row = from + t * step;
+    const auto* last = reinterpret_cast<const uint8_t*>(row) + 3 * (eights - 1);
+    auto* x = reinterpret_cast<uint32_t*>(to.data()) + static_cast<size_t>(t) * eights;
+    for (int i = 0; i < eights - 1; ++i) x[i] = load<uint32_t>(row + 3 * i);
+    x[eights - 1] = last[0] | last[1] << 8 | last[2] << 16;  // behind the row there may be nothing to read
+    for (int i = 0; i < eights; ++i) {
+      uint32_t y = x[i];
+      y = (y & 0x000fffu) | (y & 0xfff000u) << 4;
+      y = (y & 0x003f003fu) | (y & 0x0fc00fc0u) << 2;
+      x[i] = (y & 0x07070707u) | (y & 0x38383838u) << 1;
     }
   }
 }
@@ -291,6 +296,10 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
   const Head p(x, at);
   const float* q = c.queries(x, at);
   w.k_order.resize(size), plane_order<BITS>(size, w.k_order.data());
+#ifdef CALIDROP_WORDS
+  const bool whole = words::multiplies<BITS>(size);
+  if (whole) words::code_order<BITS>(size, w.k_order.data());
+#endif
   row_order<BITS>(size, w.v_order);
   w.zeros.assign(c.R * (groups + v_groups), 0.0f);
   float *zero_q = w.zeros.data(), *zero_v = zero_q + c.R * groups;
@@ -301,6 +310,14 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
         w.q[r * x.D + g * size + d] = y;
         zero_q[r * groups + g] += y;
       }
+#ifdef CALIDROP_WORDS
+  w.left.resize(std::max<size_t>(w.left.size(), groups));
+  for (int g = 0; whole && g < groups; ++g) {
+    w.left[g].size(c.R, size), w.left[g].set(w.q.data() + g * size, x.D, size);
+    if (x.bits == 3)
+      for (float& lost : w.left[g].lost) lost *= 7.0f / 15.0f;  // their middle code is not that of 4 bits
+  }
+#endif
   alignas(64) float scale[SCORES], zero[SCORES];
   const bool widened = x.bits != BITS;
   const int64_t step = widened ? x.D / PER : x.k.slot, v_step = widened ? c.Dv / PER : x.v.slot;
@@ -313,6 +330,11 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     }
     for (int g = 0; g < groups; ++g) {
       const char* first = k + g * bytes;
+#ifdef CALIDROP_WORDS
+      if (whole)
+        words::dots<BITS>(first, step, n, size, w.left[g], c.R, w.w.data());
+      else
+#endif
       if (bytes % 16 == 0)
         dots_by<BITS, 16>(first, step, n, size, w.q.data() + g * size, c.R, x.D, w.w.data());
       else

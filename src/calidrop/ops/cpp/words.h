@@ -301,10 +301,15 @@ template <int BITS, int J> inline void all_dots(const char* k, int64_t step, int
   }
 }
 
+// whether rows of n codes are among those that `dots` reads
+template <int BITS> constexpr bool multiplies(int n) {
+  return n * BITS % 128 == 0 && (n == 32 || n == 64 || n == 96 || n == 128 || n == 192 || n == 256);
+}
+
 // for the widths of rows.h, which fill whole sixteen bytes
 template <int BITS> inline void dots(const char* k, int64_t step, int n, int codes, const Words<true>& q, int R, float* s) {
   const auto of = [&](auto width) {
-    if constexpr (width * BITS % 128 == 0) all_dots<BITS, width * BITS / 128>(k, step, n, q, R, s);
+    if constexpr (multiplies<BITS>(width)) all_dots<BITS, width * BITS / 128>(k, step, n, q, R, s);
   };
   switch (codes) {
     case 32: return of(std::integral_constant<int, 32>{});
