@@ -285,9 +285,38 @@ def test_column_sums(flags, softcap, D, W, dtype, monkeypatch):
         held = Tokens(t.k.masked_fill(~t.valid[..., None], float("nan")), t.v, t.pos)
         got = cpu.mass(qs, lse, held)
         start = torch.zeros(B, dtype=torch.long)
-        want = Observation(qs, lse, start + N, start).weights(t).sum(2)
+        want = Observation(qs, lse, start + N, start).head_weights(t).mean(2).sum(2)
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
         assert (got[~t.valid] == 0).all()
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize(
+    ("G", "D", "dtype", "softcap"),
+    [
+        (3, 64, torch.float32, None),
+        (1, 80, torch.bfloat16, 5.0),
+        (15, 128, torch.float16, None),
+        (17, 64, torch.float32, None),
+    ],
+)
+def test_the_largest_weights_of_one_query(flags, G, D, dtype, softcap, monkeypatch):
+    """Of query heads and of blocks of tokens; few query heads and many, a pad, empty slots without numbers."""
+    use(flags, monkeypatch)
+    B, H, N = 3, 2, 192 + 64
+    t = tokens(B, H, N, D, dtype, empty=0.2)
+    t.pos[:, 0, 64:96] = -1  # blocks of nothing
+    pos = torch.tensor([[N], [100], [-1]])
+    t = t.slice(48, N)
+    held = Tokens(t.k.masked_fill(~t.valid[..., None], float("nan")), t.v, t.pos)
+    qs = Queries(torch.randn(B, H * G, 1, D).to(dtype), pos, D**-0.5, softcap)
+    lse = attend(qs, t.k, t.v, t.pos)[1]
+    for group in ("mean", "max"):
+        for block in (1, 16, 8):  # 8: not by the kernel
+            assert cpu.pools(t, block) == (block != 8)
+            want = ops.weights_in_torch(qs, lse, t, group, block)
+            x = t if block == 8 else held
+            torch.testing.assert_close(ops.weights(qs, lse, x, group, block), want, rtol=2e-5, atol=1e-6)
 
 
 def test_column_sums_of_what_the_kernel_does_not_read():

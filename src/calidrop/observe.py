@@ -45,6 +45,8 @@ class Observation(State):
     def weights(self, t: Tokens, group: str = "mean") -> Float[Tensor, "B H W N"]:
         """True softmax weights on the tokens; `group` says what is taken of those of a kv head's query heads, their
         "mean" or "max". Pads weigh 0."""
+        if len(self.queries) == 1:
+            return ops.weights(self.queries, self.lse, t, group)[:, :, None]
         p = self.head_weights(t)
         return p.mean(2) if group == "mean" else p.amax(2)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calidrop import ops
 from calidrop.attention import finite
 from calidrop.methods._predictor import REACH, SEEN, Expectation
 from calidrop.observe import Observation
@@ -185,6 +186,8 @@ def pooled(weights: Tensor, block: int) -> Tensor:
 
 def pooled_rows(obs: Observation, t: Tokens, block: int) -> Tensor:
     """What the observed queries pay each block of `t`, the mean over the query heads of a kv head: [B,H,W,blocks]."""
+    if len(obs.queries) == 1:
+        return ops.weights(obs.queries, obs.lse, t, block=block)[:, :, None]
     return pooled(obs.head_weights(t), block).mean(2)
 
 

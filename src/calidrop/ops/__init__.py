@@ -213,6 +213,23 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     return mass_in_torch(qs, lse, t)
 
 
+def weights(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
+    """Softmax weights of one query: of every `block` tokens the largest, then of a kv head's query heads the "mean" or
+    the "max". lse: [B,Hq,1]. -> fp32 [B,H,N/block]; N must be a multiple of block."""
+    if not _triton(qs.q.device) and cpu.sums(qs, t) and cpu.pools(t, block):
+        return cpu.mass(qs, lse, t, group == "max", block)
+    return weights_in_torch(qs, lse, t, group, block)
+
+
+def weights_in_torch(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
+    """`weights` without a kernel."""
+    s = logits(qs, t.k, t.pos)[:, :, :, 0]  # [B,H,G,N]
+    p = torch.exp(s - finite(lse).view(*s.shape[:3], 1))
+    if block > 1:
+        p = p.unflatten(-1, (-1, block)).amax(-1)
+    return p.mean(2) if group == "mean" else p.amax(2)
+
+
 def mass_in_torch(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     """`mass` without a kernel, in blocks of queries."""
     B, Hq, W, _ = qs.q.shape

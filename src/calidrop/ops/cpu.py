@@ -67,7 +67,7 @@ class Kernel:
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
         self.network = library.calidrop_network
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
-        self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, ptr, i32]
+        self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
         self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
@@ -214,16 +214,22 @@ def sums(qs: Queries, t: Tokens) -> bool:
     return known and qs.q.device.type == "cpu" and qs.visible is None and not kernel().reason
 
 
-def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
-    """qs.q [B,Hq,W,D], lse [B,Hq,W] over everything they saw -> fp32 [B,H,N]; empty slots weigh 0."""
+def pools(t: Tokens, block: int) -> bool:
+    """Whether `mass` can take the largest weight of every `block` tokens."""
+    return block in (1, 16, 32, 64) and len(t) % block == 0
+
+
+def mass(qs: Queries, lse: Tensor, t: Tokens, largest: bool = False, block: int = 1) -> Tensor:
+    """qs.q [B,Hq,W,D], lse [B,Hq,W] over everything they saw -> fp32 [B,H,N]; empty slots weigh 0. Of one query (W = 1)
+    also the largest of a kv head's query heads, and of every `block` tokens (`pools`): [B,H,N/block]."""
     B, Hq, W, D = qs.q.shape
     H, N = t.k.shape[1:3]
     k, pos = t.k if t.k.stride(-1) == 1 else t.k.contiguous(), t.pos.int()
     q, norm, at = qs.q.float().contiguous(), lse.float().contiguous(), qs.pos.int().contiguous()
-    out = torch.empty(B, H, N)
+    out = torch.empty(B, H, N // block)
     kernel().columns(
         _array(k), _array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
-        B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, out.data_ptr(), torch.get_num_threads(),
+        B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, block, largest, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

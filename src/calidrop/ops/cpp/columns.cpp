@@ -15,16 +15,29 @@ struct Asked {
   int64_t B, H, G, W, N;
   int D;
   float scale, softcap;
+  int pool;      // tokens of which the largest weight counts
+  bool largest;  // of the query heads of a kv head, and not their mean
 };
 
 // e^(score - lse) of the tokens that a query at `at` may see; a logit is below its lse but for rounding
 inline void weigh(const Asked& c, const Block& x, const float* s, int32_t at, float lse, V* total) {
   const bool all = x.last <= at;
+  V most = {};
   for (int i = 0; i < BLOCK / 16; ++i) {
     V y = load<V>(s + 16 * i) * c.scale;
     if (c.softcap > 0.0f) y = tanh(y / c.softcap) * c.softcap;
     y = exp(y - lse);
-    total[i] += all ? y : pick(load<Lanes<16>::I>(x.pos + 16 * i) <= at, y, V{});
+    if (!all) y = pick(load<Lanes<16>::I>(x.pos + 16 * i) <= at, y, V{});
+    if (c.pool > 1) {  // of the first of its tokens
+      most = pick(y > most, y, most);
+      if ((i + 1) * 16 % c.pool) continue;
+      const int first = (i + 1) * 16 / c.pool - 1;
+      y = V{} + ::most(most), most = V{};
+      total[first] = c.largest ? pick(y > total[first], y, total[first]) : total[first] + y;
+    } else if (c.largest)
+      total[i] = pick(y > total[i], y, total[i]);
+    else
+      total[i] += y;
   }
 }
 
@@ -68,18 +81,22 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
         for (int i = 0; i < rows; ++i) weights(r + i, w.s.data() + i * BLOCK);
       }
     }
-    const V mean = splat(1.0f / static_cast<float>(c.G));
-    for (int t = 0; t < x.n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
+    const V mean = splat(c.largest ? 1.0f : 1.0f / static_cast<float>(c.G));
+    if (c.pool > 1)
+      for (int i = 0; i * c.pool < x.n; ++i) out[(bh * c.N + from) / c.pool + i] = (total[i] * mean)[0];
+    else
+      for (int t = 0; t < x.n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
   });
 }
 
 }  // namespace
 
-// out [B,H,N] fp32: sums over the W queries, means over the G query heads of a kv head
+// out [B,H,N / pool] fp32: sums over the W queries, means over the G query heads of a kv head or, of one query, the largest;
+// pool, of one query too: 1, or a multiple of 16 that divides BLOCK and N, tokens of which the largest weight counts
 extern "C" void calidrop_columns(Array k, Array pos, int32_t dtype, const float* q, const float* lse, const int32_t* at,
                                  int64_t B, int64_t H, int64_t G, int64_t W, int64_t N, int32_t D, float scale,
-                                 float softcap, float* out, int32_t threads) {
-  const Asked c{k, pos, q, lse, at, B, H, G, W, N, D, scale, softcap};
+                                 float softcap, int32_t pool, int32_t largest, float* out, int32_t threads) {
+  const Asked c{k, pos, q, lse, at, B, H, G, W, N, D, scale, softcap, pool, largest != 0};
   if (dtype == F32) sums<Float32>(c, out, threads);
   if (dtype == BF16) sums<BFloat16>(c, out, threads);
   if (dtype == F16) sums<Float16>(c, out, threads);
