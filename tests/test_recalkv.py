@@ -273,7 +273,7 @@ def test_the_same_model_in_another_dtype(files, tmp_path):
     model, inputs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), batch()
     full = generate(model, inputs, calidrop.KVCache(model), new=4)[1]
     got = generate(model, inputs, calidrop.KVCache(model, recalkv(str(files[1.0]))), new=4)[1]
-    assert worst(full.float(), got.float()) < 0.02 * float(full.abs().max())
+    assert worst(full.float(), got.float()) < 0.03 * float(full.abs().max())  # two products in bf16 instead of one
 
 
 # ---- what is refused

@@ -43,9 +43,10 @@ template <int N> struct Codes : Every {
   }
 };
 
-// vectors of a row whose products are written out: where registers are few, compilers then would keep sums in memory
-constexpr int TOGETHER = REGISTER == 64 ? SCORES : 16;
+// vectors of a row whose products are written out: where registers are few, compilers would then keep sums in memory
 constexpr int UNROLLED = REGISTER == 64 ? 8 : 1;
+// tokens that are weighed before the next part of their rows is: where parts are short, few, so that memory is read in order
+constexpr int TOGETHER = REGISTER == 64 ? SCORES : 16;
 constexpr int AHEAD = 16;  // tokens between those that are worked on and those that memory is asked for
 
 // asks for the line in which vector i of a row begins, once for all vectors of the line

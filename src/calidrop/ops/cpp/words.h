@@ -210,7 +210,7 @@ template <int BITS>
 inline void rows(const char* p, int64_t step, int n, int codes, const Words<false>& w, int R, float* to, int width) {
   of_chunk<BITS>(codes, [&](auto c) {
     using C = decltype(c);
-    constexpr int RT = SUMS == 8 || C::VECTORS <= 4 ? 4 : 2;
+    constexpr int RT = SUMS == 8 || C::VECTORS <= 4 ? 4 : 2;  // where sums are few, vectors are asked in parts instead
     for (int j = 0; j < codes / C::CODES; ++j) {
       const char* at = p + j * (C::CODES * BITS / 8);
       float* sums = to + j * C::CODES;
