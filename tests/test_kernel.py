@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from calidrop import ops
-from calidrop.attention import Queries, attend, merge
+from calidrop.attention import Queries, attend, logits, merge
 from calidrop.methods._predictor import Predictor
 from calidrop.observe import Observation
 from calidrop.ops import alike, cpu
 from calidrop.state import Ragged
-from calidrop.store import Exact
+from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
-from helpers import live, random_qkv, run
+from helpers import feed, layer_of, live, random_qkv, run
 
 # not where it fails to compile
 pytestmark = pytest.mark.skipif(cpu.kernel().reason.startswith("no C++ compiler"), reason=cpu.kernel().reason)
@@ -48,6 +48,25 @@ def check(qs: Queries, parts: list, sets: list[Tokens], limit: float) -> None:
     assert torch.equal(lse.isinf(), total.isinf())
     assert (lse - total).nan_to_num(0.0, 0.0, 0.0).abs().max() < limit
     assert (o - want).abs().max() < limit
+
+
+def check_heard(qs: Queries, store: Store, limit: float) -> None:
+    """What attention leaves of one query is what it said to the tokens, and weights are found from that alone."""
+    parts, heard = store.attend(qs), ops.Heard()
+    o, lse = cpu.decode(qs, parts, heard)
+    assert all(torch.equal(x, y) for x, y in zip((o, lse), cpu.decode(qs, parts), strict=True))
+    assert len(heard.found) == len(parts)
+    told = store.told(heard)
+    for t, want in zip(told, store.tokens(), strict=True):
+        assert t.logits is not None and t.k.shape[-1] == t.v.shape[-1] == 0
+        assert torch.equal(t.pos, want.pos)
+        s = logits(qs, want.k, want.pos)[:, :, :, 0]
+        assert torch.equal(t.logits.isinf(), s.isinf())
+        error = (t.logits - s).nan_to_num(0.0, 0.0, 0.0).abs()
+        assert error.max() < limit and error.mean() < limit / 10  # of single logits, which no sum evens out
+        for group in ("mean", "max"):
+            got, p = ops.weights(qs, lse, t, group), ops.weights_in_torch(qs, lse, want, group)
+            torch.testing.assert_close(got, p, rtol=2 * limit, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -92,6 +111,8 @@ def test_heads_of_unequal_length():
     store.held = Ragged(t.columns(), t.valid)
     assert not store.held.uniform
     check(qs, store.attend(qs), [t], 2e-5)
+    check_heard(qs, store, 2e-5)
+    check_heard(replace(qs, softcap=2.0), store, 2e-5)
 
 
 def test_only_a_view_of_a_buffer():
@@ -197,6 +218,7 @@ def test_codes(flags, recipe, D, monkeypatch):
         return
     assert sum(not isinstance(p, tuple) for p in parts) == len(parts)
     check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+    check_heard(qs, store, 1e-3)
 
 
 @pytest.mark.parametrize("G", [1, 2, 4, 7])
@@ -311,12 +333,18 @@ def test_the_largest_weights_of_one_query(flags, G, D, dtype, softcap, monkeypat
     held = Tokens(t.k.masked_fill(~t.valid[..., None], float("nan")), t.v, t.pos)
     qs = Queries(torch.randn(B, H * G, 1, D).to(dtype), pos, D**-0.5, softcap)
     lse = attend(qs, t.k, t.v, t.pos)[1]
+    said = logits(replace(qs, pos=torch.full_like(pos, N)), t.k, t.pos)[:, :, :, 0]  # as attention, which knows no pads
+    heard = replace(held, k=t.k[..., :0])
     for group in ("mean", "max"):
         for block in (1, 16, 8):  # 8: not by the kernel
             assert cpu.pools(t, block) == (block != 8)
             want = ops.weights_in_torch(qs, lse, t, group, block)
             x = t if block == 8 else held
             torch.testing.assert_close(ops.weights(qs, lse, x, group, block), want, rtol=2e-5, atol=1e-6)
+            before = t.pos <= pos[:, :, None]  # of the query, as all that attention asks is
+            heard.logits = said.masked_fill(~before[:, :, None], float("-inf"))
+            got = ops.weights(qs, lse, heard, group, block)
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
 def test_column_sums_of_what_the_kernel_does_not_read():
@@ -359,22 +387,56 @@ def test_a_prompt_with_its_column_sums(flags, softcap, G, D, Dv, W, dtype, monke
 
 @pytest.mark.parametrize("pads", [0, 9])
 def test_h2o_holds_the_same_with_sums_found_on_the_way(pads, monkeypatch):
-    """One attention of the prompt, and none of `mass` after it, but at generated tokens."""
+    """One attention of the prompt and of every step, and none of `mass` after it."""
     qkv = random_qkv(2, 3, 2, 60, 64)
     asked: list[int] = []
     own = ops.mass
     monkeypatch.setattr(ops, "mass", lambda qs, lse, t: asked.append(len(qs)) or own(qs, lse, t))
     found = []
-    for told in (True, False):
-        if not told:
+    for summed, heard in ((True, True), (False, True), (False, False)):
+        if not summed:
             monkeypatch.setattr(cpu, "sums", lambda qs, t: False)
+        if not heard:
+            monkeypatch.setattr(Store, "listens", False)
         kv = run("h2o(budget=20, every=4)", qkv, 50, pads=[0, pads])
         found.append([(t.pos, t.stats["mass"]) for t in live(kv)])
-        assert (50 in asked) == (not told) and 1 in asked
+        assert (50 in asked) == (not summed) and (1 in asked) == (not heard)
         asked.clear()
-    for (pos, mass), (want_pos, want) in zip(*found, strict=True):
+    for other in found[:2]:
+        for (pos, mass), (want_pos, want) in zip(other, found[2], strict=True):
+            assert torch.equal(pos, want_pos)
+            torch.testing.assert_close(mass, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "h2o(budget=24, every=4)+int4",
+        "h2o(budget=24, every=4)+kivi(bits=4, group=8)",
+        "h2o(budget=24, every=4)+think(keep=0.5, recent=1)",
+        "h2o(budget=24, every=4)+think(keep=0.5, values=0.5, recent=1)",
+        "h2o(budget=24, every=4)+mikv",
+        "lazy_eviction(budget=40, window=4)",
+        "lazy_eviction(budget=40, window=4)+fp8",
+        "attention_predictor(budget=48, sinks=16, recent=2, skip=0, dense=3)",
+        "attention_predictor(budget=48, sinks=16, recent=2, skip=0, dense=3)+int8",
+    ],
+)
+def test_steps_heard_on_the_way(recipe, monkeypatch):
+    """What is tracked is the same where tokens are asked (and decoded) once more for it."""
+    qkv = random_qkv(2, 2, 2, 90, 64)
+    found = []
+    for heard in (True, False):
+        if not heard:
+            monkeypatch.setattr(ops.Heard, "of", lambda self, values, slots: None)
+        kv = layer_of(recipe, qkv)
+        out = feed(kv, qkv, [70] + [1] * 20, [0, 9])
+        found.append((out, [(t.pos, t.stats) for t in live(kv)]))
+    (out, tokens), (want_out, want) = found
+    torch.testing.assert_close(out, want_out, rtol=1e-4, atol=1e-4)
+    for (pos, stats), (want_pos, want_stats) in zip(tokens, want, strict=True):
         assert torch.equal(pos, want_pos)
-        torch.testing.assert_close(mass, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats, want_stats, rtol=1e-3, atol=1e-4)
 
 
 def test_a_prompt_that_gradients_go_through_is_attended_by_torch():

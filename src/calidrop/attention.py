@@ -7,7 +7,7 @@ every store are stated with it. Scores, lse and merges are fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,7 +39,8 @@ class Queries:
         return self.q.shape[2]
 
     def slice(self, start: int, stop: int) -> Queries:
-        return replace(self, q=self.q[:, :, start:stop], pos=self.pos[:, start:stop])
+        q, pos = self.q[:, :, start:stop], self.pos[:, start:stop]
+        return Queries(q, pos, self.scale, self.softcap, self.visible, self.window)
 
     def last(self, n: int) -> Queries:
         return self.slice(max(0, len(self) - n), len(self))

@@ -17,7 +17,7 @@ from calidrop.holding import Holding, positions
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.state import Ragged
-from calidrop.store import Exact, Store, count
+from calidrop.store import Exact, Store, count, unseen
 from calidrop.tokens import Tokens
 
 CODES = (
@@ -170,13 +170,24 @@ class Coded(Store):
         new.waiting, new.beside, new.held = Exact(), [Exact() for _ in self.beside], units
         return new
 
-    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        for t in self._restored():
+    def _told(self, heard: ops.Heard | None) -> list[Tokens]:
+        """What is encoded, of `told`."""
+        if heard is not None and self.held is not None:
+            logits = heard.of(self.held.data["v"], self.held.longest * self.group)
+            if logits is not None:
+                return [unseen(self.held, logits)]
+        return self._restored()
+
+    def told(self, heard: ops.Heard | None) -> list[Tokens]:
+        return self._told(heard) + [t for store in self._exact() for t in store.told(heard)]
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
+        for t in self._told(heard):
             assert self.held is not None
             columns = {f"stat:{n}": x.unflatten(2, (-1, self.group)) for n, x in fn(t).items()}
             self.held = self.held.replace(columns)
         for store in self._exact():
-            store.restat(fn)
+            store.restat(fn, heard)
 
     def describe(self) -> str:
         units = f"{count(self.held)} units of {self.group}" if self.group > 1 else count(self.held)

@@ -250,9 +250,10 @@ class LayerKV(CacheLayerMixin):
         parts = [*parts, ops.piece(held)]
         backend = ops.pick(qs, parts)
         self.by = backend.name
-        o, lse = with_sink(qs, backend.decode(qs, parts), sink)
+        heard = ops.Heard() if s.store is not None and s.store.listens else None
+        o, lse = with_sink(qs, backend.decode(qs, parts, heard), sink)
         s.steps, s.age = s.steps + 1, s.age + 1
-        self._saw(qs, lse)
+        self._saw(qs, lse, heard=heard)
         return o
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV) -> Tensor:
@@ -309,15 +310,17 @@ class LayerKV(CacheLayerMixin):
             s.obs = replace(s.obs, soft=Observation(behind, lse, s.context, s.start).copied())
         return o
 
-    def _saw(self, qs: Queries, lse: Tensor, mass: Tensor | None = None) -> None:
+    def _saw(self, qs: Queries, lse: Tensor, mass: Tensor | None = None, heard: ops.Heard | None = None) -> None:
         s = self.state
         s.seen += len(qs)
         if s.store is not None:
             assert s.context is not None and s.start is not None
-            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0, mass=mass)
+            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0, mass=mass, heard=heard)
             s.store.observe(step)
             for score in s.store.trackers():
-                s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
+                t = s.window.tokens()
+                t.logits = None if heard is None else heard.of(t.v, len(t))
+                s.window.stats = {**s.window.stats, **score.stats(t, step)}
             if s.due or self.plan.every:  # otherwise nothing will ask before the next prompt
                 width = self.plan.observe
                 s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()

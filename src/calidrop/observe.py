@@ -22,7 +22,8 @@ class Observation(State):
     start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
     last one) are of a prompt, not of generated tokens. soft: the same of soft tokens behind the prompt, for methods
     that have some; it goes when other queries follow. mass: what `total_weights` says of the first columns of the
-    cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way.
+    cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way. heard: the logits that attention
+    left of one query, of some of what it asked: `ops.Heard`.
     """
 
     queries: Queries
@@ -32,6 +33,7 @@ class Observation(State):
     prompt: bool = False
     soft: Observation | None = None
     mass: Float[Tensor, "B H N"] | None = None
+    heard: ops.Heard | None = None
 
     @property
     def length(self) -> Int[Tensor, " B"]:
@@ -72,10 +74,16 @@ class Observation(State):
         """`weights` summed over the queries: the column sums of an attention matrix that is never held."""
         if self.mass is not None:
             return self.mass.gather(2, t.pos.clamp(min=0).long()).masked_fill(~t.valid, 0.0)
+        if t.logits is not None:
+            return self.weights(t)[:, :, 0]
         return ops.mass(self.queries, self.lse, t)
 
     def slice(self, start: int, stop: int) -> Observation:
-        return replace(self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop], mass=None)
+        if start == 0 and stop >= len(self.queries):
+            return self
+        return replace(
+            self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop], mass=None, heard=None
+        )
 
     def last(self, n: int) -> Observation:
         width = len(self.queries)
@@ -89,13 +97,15 @@ class Observation(State):
         q = torch.cat([old.queries.q, new.queries.q], 2)
         pos = torch.cat([old.queries.pos, new.queries.pos], 1)
         lse = torch.cat([old.lse, new.lse], 2)
-        return replace(new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse, mass=None)
+        return replace(
+            new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse, mass=None, heard=None
+        )
 
     def copied(self) -> Observation:
-        """Holds only its own queries (a slice would keep the whole prompt's alive), and no mask of the model."""
+        """Holds only its own queries (a slice would keep the whole prompt's alive), and nothing of their step."""
         qs = self.queries
         own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
-        return replace(self, queries=own, lse=self.lse.clone(), mass=None)
+        return replace(self, queries=own, lse=self.lse.clone(), mass=None, heard=None)
 
     def take_rows(self, rows: Tensor) -> None:
         qs = self.queries

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -93,11 +94,21 @@ class Store(State, ABC):
         """Tokens that may be ranked again; taking them removes them from the store."""
         return []
 
-    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        """Replace the per-token columns of everything `open` would give by `fn(tokens)`."""
+    def told(self, heard: ops.Heard | None) -> list[Tokens]:
+        """`tokens`, for who wants to know what a query says to them. Where attention left that (`Tokens.logits`), keys
+        and values may have no channels: they need not be decoded."""
+        return self.tokens()
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
+        """Replace the per-token columns of everything `open` would give by `fn` of the tokens, as `told` has them."""
 
     def observe(self, step: Observation) -> None:
         """Per-step statistics; most stores keep none."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether `observe` wants to know what every step paid each token."""
+        return bool(self.trackers())
 
     @property
     def unit(self) -> int:
@@ -177,8 +188,15 @@ class Exact(Store):
         new.held = units
         return new
 
-    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        for t in self.tokens():
+    def told(self, heard: ops.Heard | None) -> list[Tokens]:
+        if heard is not None and self.held is not None:
+            logits = heard.of(self.held.data["v"], self.held.longest)
+            if logits is not None:
+                return [unseen(self.held, logits)]
+        return self.tokens()
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
+        for t in self.told(heard):
             columns = {f"stat:{name}": value for name, value in fn(t).items()}
             assert self.held is not None
             self.held = self.held.replace(columns)
@@ -245,13 +263,16 @@ class Split(Store):
     def drops(self) -> bool:
         return self.kept.drops or self.rest.drops
 
-    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        self.kept.restat(fn)
+    def told(self, heard: ops.Heard | None) -> list[Tokens]:
+        return self.kept.told(heard) + self.rest.told(heard)
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
+        self.kept.restat(fn, heard)
 
     def observe(self, step: Observation) -> None:
         self.score.observe(step)
         if self.score.tracks:
-            self.kept.restat(lambda t: self.score.stats(t, step))
+            self.kept.restat(lambda t: self.score.stats(t, step), step.heard)
         self.kept.observe(step)
         self.rest.observe(step)
 
@@ -272,6 +293,16 @@ class Split(Store):
 
     def describe(self) -> str:
         return f"kept: {self.kept.describe()}; rest: {self.rest.describe()}"
+
+
+def unseen(held: Ragged, logits: Tensor) -> Tokens:
+    """Stored tokens without keys and values, a slot of `held` being one token or some; logits: of `Tokens`."""
+    own = held.only(*(n for n in held.data if n == "pos" or n.startswith("stat:")))
+    if own.data["pos"].dim() > (3 if own.uniform else 1):
+        own = own.opened()
+    data, valid = own.padded()
+    none = logits.new_empty(*data["pos"].shape, 0)
+    return replace(Tokens.from_columns({"k": none, "v": none, **data}, valid), logits=logits)
 
 
 def count(held: Ragged | None) -> str:

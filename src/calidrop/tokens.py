@@ -20,13 +20,16 @@ class Tokens:
     """k: [B,H,N,D], v: [B,H,N,Dv], rotated keys in the model's dtype. pos: int32 [B,H,N], the column of the token in
     the padded input; -1 marks an empty slot (left pads, and heads that hold fewer tokens than others).
     stats: named per-token columns [B,H,N]; they travel with every selection.
-    dense: True when no slot is known to be empty (lets attention skip the check)."""
+    dense: True when no slot is known to be empty (lets attention skip the check).
+    logits: fp32 [B,H,G,N], what the one query of a step said to each, -inf to empty slots: while the step is observed,
+    if attention left them (`Store.told`). Nothing that is made from tokens has them."""
 
     k: Float[Tensor, "B H N D"]
     v: Float[Tensor, "B H N Dv"]
     pos: Int[Tensor, "B H N"]
     stats: dict[str, Tensor] = field(default_factory=dict)
     dense: bool = False
+    logits: Float[Tensor, "B H G N"] | None = None
 
     def __len__(self) -> int:
         return self.pos.shape[2]

@@ -6,6 +6,7 @@ next slot is a number on the device, so that a step does the same whatever its l
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.state import Buffer, State
@@ -38,7 +39,7 @@ class Window(State):
         self.v.append(t.v)
         self.pos.append(t.pos)
         self.dense = self.dense and t.dense
-        self.stats = {n: torch.cat([s, s.new_zeros(t.pos.shape)], 2) for n, s in self.stats.items()}
+        self.stats = {n: F.pad(s, (0, t.pos.shape[2])) for n, s in self.stats.items()}
 
     def tokens(self) -> Tokens:
         if self.slot is not None:

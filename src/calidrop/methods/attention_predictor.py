@@ -213,10 +213,12 @@ class Predicted(Store):
         last, found = qs.last(self.rows.size), []
         for chunk in self.log.chunks():
             store = self.codec.reader(Ragged(chunk.data, chunk.keep).opened())
-            found.append(ops.joined(qs, store.attend(qs)))
-            (t,) = store.tokens()
+            parts, heard = store.attend(qs), ops.Heard()
+            found.append(ops.pick(qs, parts).decode(qs, parts, heard))
+            (t,) = store.told(heard)
             ids = chunk.first[..., None] + torch.arange(chunk.keep.shape[2], device=t.pos.device)
-            self.rows.peak(logits(last, t.k, t.pos), ids.masked_fill(~chunk.keep, -1))
+            said = logits(last, t.k, t.pos) if t.logits is None else t.logits[:, :, :, None]
+            self.rows.peak(said, ids.masked_fill(~chunk.keep, -1))
         return merge(found)
 
     def observe(self, step: Observation) -> None:
@@ -227,11 +229,15 @@ class Predicted(Store):
         if self.whole:
             self.rows.push_peaks(last)
         else:
-            fetched = [t for store in self._fetched() for t in store.tokens()]
+            fetched = [t for store in self._fetched() for t in store.told(step.heard)]
             self.rows.push(last, pooled_rows(last, fetched[0], self.sizes.block) if fetched else None, self.ids)
         if len(step.queries) == 1:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()
+
+    @property
+    def listens(self) -> bool:
+        return not self.whole
 
     # ---- the rest of a store
 

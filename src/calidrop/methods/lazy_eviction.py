@@ -19,12 +19,16 @@ class Recurrence(Score):
 
     def stats(self, t: Tokens, step: Observation) -> dict[str, Tensor]:
         silent, longest = (t.stats[n] if n in t.stats else torch.zeros_like(t.pos) for n in ("silent", "longest"))
-        for i in range(0 if step.prompt else len(step.queries)):  # more than one where a generation is replayed
+        T = 0 if step.prompt else len(step.queries)  # more than one where a generation is replayed
+        for i in range(T):
             one = step.slice(i, i + 1)
-            at = one.queries.pos[:, None]
-            here = (t.pos <= at) | (at < 0)  # a generated pad takes its time too
-            active = (one.weights(t, "max")[:, :, 0] >= self.alpha) & here
-            silent = silent + here
+            active = one.weights(t, "max")[:, :, 0] >= self.alpha
+            if T == 1:  # all tokens are here by now
+                silent = silent + 1
+            else:
+                at = one.queries.pos[:, None]
+                here = (t.pos <= at) | (at < 0)  # a generated pad takes its time too
+                active, silent = active & here, silent + here
             if not self.birth:  # the token of this step: attended to by itself, which is no recurrence
                 silent = silent.masked_fill(t.pos == one.queries.pos[:, None], 0)
             longest = torch.where(active, torch.maximum(longest, silent), longest)

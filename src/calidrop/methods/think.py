@@ -84,6 +84,8 @@ class ThinKeys(Store):
 
     def _whole(self, t: Tokens) -> Tokens:
         assert self.of_keys is not None
+        if t.logits is not None:
+            return t
         v = self.of_values.spread(t.v) if self.of_values else t.v
         return replace(t, k=self.of_keys.spread(t.k), v=v)
 
@@ -112,8 +114,11 @@ class ThinKeys(Store):
     def drops(self) -> bool:
         return self.inner.drops
 
-    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]]) -> None:
-        self.inner.restat(lambda t: fn(self._whole(t)))
+    def told(self, heard: ops.Heard | None) -> list[Tokens]:
+        return [self._whole(t) for t in self.inner.told(heard)]
+
+    def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
+        self.inner.restat(lambda t: fn(self._whole(t)), heard)
 
     def observe(self, step: Observation) -> None:
         self.inner.observe(step)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from calidrop.attention import SCORE_BYTES, Partial, Queries, finite, grouped, logits, merge
 from calidrop.attention import attend as oracle
 from calidrop.ops import cpu, gpu
-from calidrop.ops.piece import Piece
+from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 
 
@@ -152,16 +153,25 @@ def piece(t: Tokens, bias: Tensor | None = None) -> Piece:
     return Piece("exact", columns, None, t.k.shape[1], t.v.shape[-1], lambda qs: attend(qs, t, bias), len(t))
 
 
+class Answer(Protocol):
+    def __call__(self, qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial: ...
+
+
 @dataclass(frozen=True)
 class Backend:
-    """Who answers for stored pieces: a kernel, or torch and why."""
+    """Who answers for stored pieces: a kernel, or torch and why. decode: what is `heard` is for it to fill, where it
+    can."""
 
     name: str
-    decode: Callable[[Queries, Sequence[Partial | Piece]], Partial]
+    decode: Answer
+
+
+def _on_gpu(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
+    return gpu.decode(qs, parts)
 
 
 CPU = Backend("the kernel for CPUs", cpu.decode)
-GPU = Backend("the Triton kernel", gpu.decode)
+GPU = Backend("the Triton kernel", _on_gpu)
 
 
 def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
@@ -177,8 +187,9 @@ def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
     if len(unread) == len(pieces):
         return Backend(f"torch ({why})", _merged)
 
-    def both(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
-        return kernel.decode(qs, [p.answer(qs) if isinstance(p, Piece) and id(p) in unread else p for p in parts])
+    def both(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
+        asked = [p.answer(qs) if isinstance(p, Piece) and id(p) in unread else p for p in parts]
+        return kernel.decode(qs, asked, heard)
 
     return Backend(f"{kernel.name} and torch ({why})", both)
 
@@ -187,7 +198,7 @@ def _triton(device: torch.device) -> bool:
     return device.type != "cpu" or gpu.runs(device)
 
 
-def _merged(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+def _merged(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
     return merge([p.answer(qs) if isinstance(p, Piece) else p for p in parts])
 
 
@@ -216,6 +227,8 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
 def weights(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
     """Softmax weights of one query: of every `block` tokens the largest, then of a kv head's query heads the "mean" or
     the "max". lse: [B,Hq,1]. -> fp32 [B,H,N/block]; N must be a multiple of block."""
+    if t.logits is not None and cpu.pools(t, block):
+        return cpu.weights(qs, lse, t.logits, group == "max", block)
     if not _triton(qs.q.device) and cpu.sums(qs, t) and cpu.pools(t, block):
         return cpu.mass(qs, lse, t, group == "max", block)
     return weights_in_torch(qs, lse, t, group, block)
@@ -223,7 +236,10 @@ def weights(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int
 
 def weights_in_torch(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
     """`weights` without a kernel."""
-    s = logits(qs, t.k, t.pos)[:, :, :, 0]  # [B,H,G,N]
+    if t.logits is not None:
+        s = t.logits.masked_fill((qs.pos < 0)[:, None, None], float("-inf"))
+    else:
+        s = logits(qs, t.k, t.pos)[:, :, :, 0]  # [B,H,G,N]
     p = torch.exp(s - finite(lse).view(*s.shape[:3], 1))
     if block > 1:
         p = p.unflatten(-1, (-1, block)).amax(-1)

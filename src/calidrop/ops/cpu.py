@@ -25,7 +25,7 @@ from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.ops import piece
-from calidrop.ops.piece import Piece
+from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 
 SOURCES = Path(__file__).with_name("cpp")
@@ -45,7 +45,7 @@ class _Array(ctypes.Structure):
 
 
 # struct Piece of pieces.h. Packed at once: filling a ctypes.Structure field by field takes three times as long.
-_PIECE = struct.Struct("@10i2Qq2Q" + "Q3q" * len(ARRAYS))
+_PIECE = struct.Struct("@10i2Qq3Qq" + "Q3q" * len(ARRAYS))
 _PLACE = {name: 4 * i for i, name in enumerate(ARRAYS)}
 
 
@@ -65,13 +65,14 @@ class Kernel:
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
-        self.network = library.calidrop_network
+        self.network, self.weights = library.calidrop_network, library.calidrop_weights
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
         self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
-        for function in (self.decode, self.columns, self.prompt, self.alike, self.network):
+        self.weights.argtypes = [ptr, ptr, ptr, *[i64] * 4, i32, i32, ptr, i32]
+        for function in (self.decode, self.columns, self.prompt, self.alike, self.network, self.weights):
             function.restype = None
 
 
@@ -167,15 +168,17 @@ def unread(x: Piece, qs: Queries) -> str:
     return f"groups of {x.group} tokens and {x.channels} channels of {x.bits} bits do not fill vectors"
 
 
-def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
-    """Attention over the union of disjoint sets, all of them visible: one call. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
+def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
+    """Attention over the union of disjoint sets, all of them visible: one call. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T].
+
+    heard: gets the logits of all pieces, if there is one query."""
     B, Hq, T, _ = qs.q.shape
     first = next(p for p in parts if isinstance(p, Piece))
     H, Dv = first.heads, first.value_dim
     q = qs.q.float().contiguous()
     out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
-    told = [_told(p, q, keep) for p in parts]
+    told = [_told(p, q, keep, heard if T == 1 else None) for p in parts]
     kernel().decode(
         out.data_ptr(), lse.data_ptr(), None, B, H, Hq // H * T, Dv,
         qs.scale, qs.softcap or 0.0, _behind(told), len(told), torch.get_num_threads(),
@@ -215,7 +218,7 @@ def sums(qs: Queries, t: Tokens) -> bool:
 
 
 def pools(t: Tokens, block: int) -> bool:
-    """Whether `mass` can take the largest weight of every `block` tokens."""
+    """Whether `mass` and `weights` can take the largest weight of every `block` tokens."""
     return block in (1, 16, 32, 64) and len(t) % block == 0
 
 
@@ -230,6 +233,18 @@ def mass(qs: Queries, lse: Tensor, t: Tokens, largest: bool = False, block: int 
     kernel().columns(
         _array(k), _array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
         B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, block, largest, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def weights(qs: Queries, lse: Tensor, logits: Tensor, largest: bool = False, block: int = 1) -> Tensor:
+    """`mass` of one query whose logits [B,H,G,N] are there, as `decode` leaves them: [B,H,N/block]."""
+    B, H, G, N = logits.shape
+    norm, at = lse.float().contiguous(), qs.pos.int().contiguous()
+    out = torch.empty(B, H, N // block)
+    kernel().weights(
+        logits.data_ptr(), norm.data_ptr(), at.data_ptr(), B, H, G, N, block, largest, out.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -304,22 +319,22 @@ def _flat(x: Tensor) -> _Place:
 def _packed(
     columns: dict[str, _Place], kind: int, dtype: int = 0, bits: int = 0, group: int = 1, channels: int = 0,
     rotate: bool = False, width: int = 0, tiers: tuple[int, int, int] = (0, 0, 0), mix: int = 0, slots: int = 0,
-    at: tuple[int, int, int] = (0, 0, 0),
+    at: tuple[int, int, int] = (0, 0, 0), heard: tuple[int, int] = (0, 0),
 ) -> bytes:  # fmt: skip
-    """at: where queries, lens and starts lie."""
+    """at: where queries, lens and starts lie. heard: where logits go, and how many of a query."""
     arrays = [0] * (4 * len(ARRAYS))
     for name, place in columns.items():
         arrays[_PLACE[name] : _PLACE[name] + 4] = place
     q, lens, starts = at
     sizes = kind, dtype, bits, group, channels, rotate, width, *tiers
-    return _PIECE.pack(*sizes, q, mix, slots, lens, starts, *arrays)
+    return _PIECE.pack(*sizes, q, mix, slots, lens, starts, *heard, *arrays)
 
 
 def _behind(told: Sequence[bytes]) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(b"".join(told), _PIECE.size * len(told))
 
 
-def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> bytes:
+def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard | None) -> bytes:
     """q: of pieces that have none of their own. keep: tensors made on the way, which must outlive the call."""
     if not isinstance(part, Piece):
         o, lse = (x.float().contiguous() for x in part)
@@ -330,9 +345,15 @@ def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor]) -> bytes:
         keep.append(q)
     flat = part.lens is not None
     first = part.columns["k16" if part.kind == "tiers" else "k"]
+    logits = (0, 0)
+    if heard is not None:
+        shape = len(q), part.heads, q.shape[1] // part.heads, part.slots * part.group
+        found = torch.full(shape, float("-inf")) if flat else torch.empty(shape)
+        heard.put(part.columns["v"], found)
+        logits = found.data_ptr(), shape[-1]
     return _packed(
         {name: _flat(x) if flat else _strided(x) for name, x in part.columns.items()},
         KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate, q.shape[-1],
         part.tiers, 0 if part.mix is None else part.mix.data_ptr(), 0 if flat else first.shape[2],
-        (q.data_ptr(), part.lens.data_ptr() if part.lens is not None else 0, 0),
+        (q.data_ptr(), part.lens.data_ptr() if part.lens is not None else 0, 0), logits,
     )  # fmt: skip

@@ -16,6 +16,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_QUERIES = 8
 
 
+class Heard:
+    """What one query said to the tokens of pieces, found by where their values lie: logits, fp32 [B,H,G,slots * group],
+    -inf where a head has no token."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Tensor] = {}
+
+    def put(self, values: Tensor, logits: Tensor) -> None:
+        self.found[values.data_ptr()] = logits
+
+    def of(self, values: Tensor, slots: int) -> Tensor | None:
+        """slots: of the longest head, so that a part of what was asked is not taken for the whole."""
+        logits = self.found.get(values.data_ptr())
+        return logits if logits is not None and logits.shape[-1] == slots else None
+
+
 @dataclass(frozen=True)
 class Piece:
     """A set of tokens that are all visible to the queries, and `answer`, which asks them in plain torch.

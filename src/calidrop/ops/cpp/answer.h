@@ -40,15 +40,21 @@ struct Answer {
   }
 };
 
+// where the logits of R queries are wanted, a number of floats apart; null where they are not
+struct Heard {
+  float* to;
+  int64_t apart;
+};
+
 }  // namespace calidrop
 using namespace calidrop;
 
 namespace {
 
 // scores [R][SCORES] of n tokens become weights against the running maximum, 0 behind them to a whole vector; o and l are
-// rescaled
+// rescaled. heard: gets the logits that became weights
 inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
-                    int64_t bias_slot) {
+                    int64_t bias_slot, const Heard& heard) {
   const int end = whole_vectors(n);
   for (int r = 0; r < a.R; ++r) {  // rows are independent: what one waits for, another computes
     float* x = s + r * SCORES;
@@ -59,6 +65,7 @@ inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, 
     if (pos)
       for (int t = 0; t < n; ++t)
         if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
+    if (heard.to) std::memcpy(heard.to + r * heard.apart, x, sizeof(float) * n);
     for (int t = n; t < end; ++t) x[t] = NONE;
     V top = load<V>(x);
     Lanes<16>::I odd = top != top;

@@ -19,6 +19,20 @@ struct Asked {
   bool largest;  // of the query heads of a kv head, and not their mean
 };
 
+// weights of the i-th sixteen tokens, the largest of `most` among the first of a pool
+inline void take(const Asked& c, int i, V y, V& most, V* total) {
+  if (c.pool > 1) {
+    most = pick(y > most, y, most);
+    if ((i + 1) * 16 % c.pool) return;
+    const int first = (i + 1) * 16 / c.pool - 1;
+    y = V{} + ::most(most), most = V{};
+    total[first] = c.largest ? pick(y > total[first], y, total[first]) : total[first] + y;
+  } else if (c.largest)
+    total[i] = pick(y > total[i], y, total[i]);
+  else
+    total[i] += y;
+}
+
 // e^(score - lse) of the tokens that a query at `at` may see; a logit is below its lse but for rounding
 inline void weigh(const Asked& c, const Block& x, const float* s, int32_t at, float lse, V* total) {
   const bool all = x.last <= at;
@@ -28,17 +42,17 @@ inline void weigh(const Asked& c, const Block& x, const float* s, int32_t at, fl
     if (c.softcap > 0.0f) y = tanh(y / c.softcap) * c.softcap;
     y = exp(y - lse);
     if (!all) y = pick(load<Lanes<16>::I>(x.pos + 16 * i) <= at, y, V{});
-    if (c.pool > 1) {  // of the first of its tokens
-      most = pick(y > most, y, most);
-      if ((i + 1) * 16 % c.pool) continue;
-      const int first = (i + 1) * 16 / c.pool - 1;
-      y = V{} + ::most(most), most = V{};
-      total[first] = c.largest ? pick(y > total[first], y, total[first]) : total[first] + y;
-    } else if (c.largest)
-      total[i] = pick(y > total[i], y, total[i]);
-    else
-      total[i] += y;
+    take(c, i, y, most, total);
   }
+}
+
+// what n tokens from `from` on got of G query heads
+inline void give(const Asked& c, int64_t bh, int64_t from, int n, const V* total, float* out) {
+  const V mean = splat(c.largest ? 1.0f : 1.0f / static_cast<float>(c.G));
+  if (c.pool > 1)
+    for (int i = 0; i * c.pool < n; ++i) out[(bh * c.N + from) / c.pool + i] = (total[i] * mean)[0];
+  else
+    for (int t = 0; t < n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
 }
 
 // the last position of every ROWS queries of a kv head
@@ -81,11 +95,26 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
         for (int i = 0; i < rows; ++i) weights(r + i, w.s.data() + i * BLOCK);
       }
     }
-    const V mean = splat(c.largest ? 1.0f : 1.0f / static_cast<float>(c.G));
-    if (c.pool > 1)
-      for (int i = 0; i * c.pool < x.n; ++i) out[(bh * c.N + from) / c.pool + i] = (total[i] * mean)[0];
-    else
-      for (int t = 0; t < x.n; ++t) out[bh * c.N + from + t] = (total[t / 16] * mean)[t % 16];
+    give(c, bh, from, x.n, total, out);
+  });
+}
+
+// the same of one query whose scores are there, [B,H,G,N]
+void sums_of(const Asked& c, const float* scores, float* out, int threads) {
+  constexpr int STRETCH = 16 * BLOCK;  // tokens that are a task
+  const int64_t parts = (c.N + STRETCH - 1) / STRETCH;
+  each(c.B * c.H * parts, threads, [] { return 0; }, [&](int64_t task, int) {
+    const int64_t bh = task / parts, begin = task % parts * STRETCH, end = std::min(begin + STRETCH, c.N);
+    for (int64_t from = begin; from < end; from += BLOCK) {
+      const int n = static_cast<int>(std::min<int64_t>(BLOCK, end - from));
+      V total[BLOCK / 16] = {};
+      for (int64_t g = 0; c.at[bh / c.H] >= 0 && g < c.G; ++g) {
+        const float *s = scores + (bh * c.G + g) * c.N + from, lse = c.lse[bh * c.G + g];
+        V most = {};
+        for (int i = 0; i * 16 < n; ++i) take(c, i, exp(head(s + 16 * i, n - 16 * i) - (lse == NONE ? 0.0f : lse)), most, total);
+      }
+      give(c, bh, from, n, total, out);
+    }
   });
 }
 
@@ -100,4 +129,10 @@ extern "C" void calidrop_columns(Array k, Array pos, int32_t dtype, const float*
   if (dtype == F32) sums<Float32>(c, out, threads);
   if (dtype == BF16) sums<BFloat16>(c, out, threads);
   if (dtype == F16) sums<Float16>(c, out, threads);
+}
+
+// the same of one query whose logits [B,H,G,N] are there (`Piece::heard`)
+extern "C" void calidrop_weights(const float* logits, const float* lse, const int32_t* at, int64_t B, int64_t H, int64_t G,
+                                 int64_t N, int32_t pool, int32_t largest, float* out, int32_t threads) {
+  sums_of({{}, {}, nullptr, lse, at, B, H, G, 1, N, 0, 1.0f, 0.0f, pool, largest != 0}, logits, out, threads);
 }

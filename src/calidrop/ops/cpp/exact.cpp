@@ -31,7 +31,7 @@ void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
     const char* k = keys.at(t, n);
     dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
-            p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot);
+            p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot, c.heard(x, at, t));
     weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
     if (a.K) weigh_of<F>(D, k, keys.step, w.s.data(), a.mean.data(), a.K, n, c.R);
   }
@@ -52,7 +52,8 @@ void float8(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch
     const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));
     dots_of<E4M3>(D, keys.at(t, n), keys.step, w.q.data(), w.s.data(), n, c.R);
     by_scale(x.k_scale, p.k_scale, t, n);
-    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0,
+            c.heard(x, at, t));
     by_scale(x.v_scale, p.v_scale, t, n);
     weigh_of<E4M3>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
   }

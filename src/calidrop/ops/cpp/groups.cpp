@@ -143,7 +143,7 @@ void ask_channels(const Call& c, const char* k, int64_t step, const char* scales
 // a scale and zero per token and group of channels
 template <int BITS>
 void weigh_tokens(const Call& c, const Piece& x, const char* v, const char* scales, const char* zeros, const char* pos,
-                  int tokens, int width, float* zero_sums, Answer& a, Scratch& w) {
+                  int tokens, int width, float* zero_sums, const Heard& heard, Answer& a, Scratch& w) {
   constexpr int PER = 8 / BITS;
   const int groups = c.Dv / x.channels, row = c.Dv / PER;
   w.scale.resize(SCORES * groups), w.zero.resize(SCORES * groups);
@@ -151,7 +151,7 @@ void weigh_tokens(const Call& c, const Piece& x, const char* v, const char* scal
     const int n = std::min(SCORES, tokens - t0);
     for (int r = 0; r < c.R; ++r)
       std::memcpy(w.s.data() + r * SCORES, w.scores.data() + r * width + t0, sizeof(float) * n);
-    softmax(a, w.s.data(), n, c.softcap, pos ? pos + 4 * t0 : nullptr, 4, nullptr, 0);
+    softmax(a, w.s.data(), n, c.softcap, pos ? pos + 4 * t0 : nullptr, 4, nullptr, 0, {heard.to ? heard.to + t0 : nullptr, heard.apart});
     halves(scales + 2L * t0 * groups, 2, n * groups, w.scale.data());
     halves(zeros + 2L * t0 * groups, 2, n * groups, w.zero.data());
     for (int g = 0; g < groups; ++g) {
@@ -184,7 +184,8 @@ void per_channel(const Call& c, const Piece& x, const Stretch& at, Answer& a, Sc
                          p.k_zero + i * x.k_zero.slot, 2, x.D, group, q, x.D, place,
                          w.scores.data() + (i - u) * group, width, w);
     weigh_tokens<BITS>(c, x, p.v + u * x.v.slot, p.v_scale + u * x.v_scale.slot, p.v_zero + u * x.v_zero.slot,
-                       p.pos ? p.pos + u * x.pos.slot : nullptr, units * group, width, w.zeros.data(), a, w);
+                       p.pos ? p.pos + u * x.pos.slot : nullptr, units * group, width, w.zeros.data(),
+                       c.heard(x, at, u * group), a, w);
   }
   straighten(c, x, w.zeros.data(), a, w);
 }
@@ -240,7 +241,8 @@ void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
                         tokens, w);
     }
     weigh_tokens<BITS>(c, x, p.v + u * x.v.slot, p.v_scale + u * x.v_scale.slot, p.v_zero + u * x.v_zero.slot,
-                       p.pos ? p.pos + u * x.pos.slot : nullptr, tokens, tokens, w.zeros.data(), a, w);
+                       p.pos ? p.pos + u * x.pos.slot : nullptr, tokens, tokens, w.zeros.data(),
+                       c.heard(x, at, u * tokens), a, w);
   }
   straighten(c, x, w.zeros.data(), a, w);
 }
@@ -347,7 +349,8 @@ void per_group(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
         for (int i = 0; i < n; ++i) s[i] = (g ? s[i] : 0.0f) + mine[i] * scale[i] + zero[i] * z;
       }
     }
-    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0,
+            c.heard(x, at, t));
     for (int g = 0; g < v_groups; ++g) {
       halves(p.v_scale + t * x.v_scale.slot + 2 * g, x.v_scale.slot, n, scale);
       halves(p.v_zero + t * x.v_zero.slot + 2 * g, x.v_zero.slot, n, zero);

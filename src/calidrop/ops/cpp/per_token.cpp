@@ -173,7 +173,8 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
       float* s = w.s.data() + r * SCORES;
       for (int i = 0; i < n; i += 16) store(s + i, load<V>(s + i) * load<V>(scale + i) + load<V>(zero + i) * zero_q[r]);
     }
-    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0);
+    softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0,
+            c.heard(x, at, t));
     grid(p.v_scale, x.v_scale, p.v_zero, x.v_zero, t, n);
     for (int r = 0; r < c.R; ++r) zero_v[r] = zero_v[r] * a.shrink[r] + inner(w.s.data() + r * SCORES, zero, n);
     const auto by_scale = [&] {

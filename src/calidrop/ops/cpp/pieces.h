@@ -14,6 +14,8 @@ struct Piece {
   int64_t slots;        // per (row, head) where lens is null
   const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other, or where
   const int64_t* starts;  // [B*H] says
+  float* heard;           // [B,H,R,room], to be filled with the logits of all tokens, or null
+  int64_t room;
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero, order, k16, k4, k4_scale, k4_zero;
 };
 enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP, FLOAT8, TIERS };
@@ -31,6 +33,10 @@ struct Call {
   float scale, softcap;
   // [R,D] of a head
   const float* queries(const Piece& x, const Stretch& at) const { return x.q + (at.b * H + at.h) * R * x.D; }
+  // where the logits of a head's tokens from the t-th on go
+  Heard heard(const Piece& x, const Stretch& at, int64_t t) const {
+    return {x.heard ? x.heard + (at.b * H + at.h) * R * x.room + t : nullptr, x.room};
+  }
 };
 
 // what they say; a is as good as new
