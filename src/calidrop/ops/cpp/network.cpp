@@ -15,6 +15,13 @@ constexpr int AT_ONCE = 8, VECTORS = 2;  // channels and vectors of blocks whose
 constexpr int AT_ONCE = 4, VECTORS = 1;
 #endif
 
+// or compilers load it again for every product, which takes longer than the products do
+inline void in_register([[maybe_unused]] V& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(x.a), "+x"(x.b));
+#endif
+}
+
 struct Weights {
   const float *w1, *b1, *b2, *head;  // [16,9], [16], [32], [32]
   float w2[SECOND / AT_ONCE][FIRST * 9][AT_ONCE];
@@ -55,7 +62,7 @@ inline void second(const Weights& w, const Tile& t, int j, int i, int part, V* t
       const float* h = t.h[j + tap / 3][c] + i + tap % 3;
       V x[VECTORS];
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) x[v] = load<V>(h + 16 * v);
+      for (int v = 0; v < VECTORS; ++v) x[v] = load<V>(h + 16 * v), in_register(x[v]);
 #pragma GCC unroll 8
       for (int o = 0; o < AT_ONCE; ++o)
 #pragma GCC unroll 2
