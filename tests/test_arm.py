@@ -21,7 +21,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 )
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike", "network")
+FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(

@@ -31,8 +31,8 @@ class Recurrence(Score):
                 active, silent = active & here, silent + here
             if not self.birth:  # the token of this step: attended to by itself, which is no recurrence
                 silent = silent.masked_fill(t.pos == one.queries.pos[:, None], 0)
-            longest = torch.where(active, torch.maximum(longest, silent), longest)
-            silent = silent.masked_fill(active, 0)
+            ended = silent.masked_fill(~active, 0)
+            longest, silent = torch.maximum(longest, ended), silent - ended
         return {"silent": silent, "longest": longest}
 
     def __call__(self, t: Tokens, obs: Observation) -> Tensor:

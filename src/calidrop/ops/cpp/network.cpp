@@ -15,13 +15,6 @@ constexpr int AT_ONCE = 8, VECTORS = 2;  // channels and vectors of blocks whose
 constexpr int AT_ONCE = 4, VECTORS = 1;
 #endif
 
-// or compilers load it again for every product, which takes longer than the products do
-inline void in_register([[maybe_unused]] V& x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("" : "+x"(x.a), "+x"(x.b));
-#endif
-}
-
 struct Weights {
   const float *w1, *b1, *b2, *head;  // [16,9], [16], [32], [32]
   float w2[SECOND / AT_ONCE][FIRST * 9][AT_ONCE];

@@ -80,7 +80,8 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
       }
 #pragma GCC unroll 4
       for (int r = 0; r < RT; ++r) {
-        const V y = load<V>(q + r * D + 16 * i);
+        V y = load<V>(q + r * D + 16 * i);
+        in_register(y);
 #pragma GCC unroll 4
         for (int j = 0; j < TOKENS; ++j) add_products(a[TOKENS * r + j], x[j], y);
       }
@@ -102,6 +103,7 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int wid
 #pragma GCC unroll 8
     for (int i = 0; i < VT; ++i) {
       V x = F::at(row, from + i, NV);
+      in_register(x);
       const int next = from * n + VT * t + i;
       if constexpr (IN_ORDER<F>)
         ask_ahead<F>(v + (AHEAD<F> + next / NV) * step, next % NV);

@@ -17,6 +17,13 @@ constexpr int BLOCK = 64;  // tokens of a prompt whose scores are held at once
 constexpr int SCORES = 128;  // tokens that a step of decoding asks at once: scores of a query are so far from those of the next
 constexpr float NONE = -INFINITY;
 
+// or compilers load it again for every product, which takes longer than the products do
+ALWAYS void in_register([[maybe_unused]] V& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(x.a), "+x"(x.b));
+#endif
+}
+
 inline V splat(float x) { return V{} + x; }
 
 inline float sum(Lanes<4>::F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
