@@ -212,7 +212,7 @@ class Predicted(Store):
         """Exact, chunk by chunk."""
         last, found = qs.last(self.rows.size), []
         for chunk in self.log.chunks():
-            store = self.codec.reader(Ragged(chunk.data, chunk.keep).opened())
+            store = self.codec.reader(Ragged(chunk.data, chunk.keep, own=True).opened())  # only to be read
             parts, heard = store.attend(qs), ops.Heard()
             found.append(ops.pick(qs, parts).decode(qs, parts, heard))
             (t,) = store.told(heard)
