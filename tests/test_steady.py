@@ -75,9 +75,24 @@ def both(model, recipe, given, new=48, **kwargs):
     return plain, steps
 
 
+def tracked(cache):
+    """Of every layer, what is kept of each token by its column: name -> [B,H,columns]."""
+    out = []
+    for state in (layer.state for layer in cache.layers):
+        at = {}
+        for t in (*(state.store.tokens() if state.store else ()), state.window.tokens()):
+            for name, x in t.stats.items():
+                table = at.setdefault(name, x.new_zeros(*x.shape[:2], state.seen + 1))
+                table.scatter_(2, t.pos.long().masked_fill(t.pos < 0, state.seen), x)
+        out.append({name: table[..., :-1] for name, table in at.items()})
+    return out
+
+
 @pytest.mark.parametrize("recipe", RECORDED)
 def test_same_as_from_python(llama, recipe):
     plain, steps = both(llama, recipe, inputs())
+    assert bool(tracked(plain)[0]) == any(name in recipe for name in ("h2o", "lazy", "g_kv"))
+    torch.testing.assert_close(tracked(steps), tracked(plain), rtol=1e-4, atol=1e-4)
     assert steps.steps.steady.recorded == RECORDED[recipe] and "replayed" in steps.describe()
     (a, b) = ([[(x.form, x.how) for x in layer] for layer in c.holdings()] for c in (plain, steps))
     assert a == b

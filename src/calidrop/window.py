@@ -33,6 +33,8 @@ class Window(State):
             self.k.put(t.k, self.slot)
             self.v.put(t.v, self.slot)
             self.pos.put(t.pos, self.slot)
+            # a score may have counted in the slot while it was empty
+            self.stats = {n: s.index_fill(2, self.slot, 0) for n, s in self.stats.items()}
             self.slot.add_(1)
             return
         self.k.append(t.k)
