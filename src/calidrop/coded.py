@@ -172,11 +172,7 @@ class Coded(Store):
 
     def _told(self, heard: ops.Heard | None) -> list[Tokens]:
         """What is encoded, of `told`."""
-        if heard is not None and self.held is not None:
-            logits = heard.of(self.held.data["v"], self.held.longest * self.group)
-            if logits is not None:
-                return [unseen(self.held, logits)]
-        return self._restored()
+        return unseen(self.held, heard, self.group) or self._restored()
 
     def told(self, heard: ops.Heard | None) -> list[Tokens]:
         return self._told(heard) + [t for store in self._exact() for t in store.told(heard)]

@@ -189,11 +189,7 @@ class Exact(Store):
         return new
 
     def told(self, heard: ops.Heard | None) -> list[Tokens]:
-        if heard is not None and self.held is not None:
-            logits = heard.of(self.held.data["v"], self.held.longest)
-            if logits is not None:
-                return [unseen(self.held, logits)]
-        return self.tokens()
+        return unseen(self.held, heard) or self.tokens()
 
     def restat(self, fn: Callable[[Tokens], dict[str, Tensor]], heard: ops.Heard | None) -> None:
         for t in self.told(heard):
@@ -295,14 +291,19 @@ class Split(Store):
         return f"kept: {self.kept.describe()}; rest: {self.rest.describe()}"
 
 
-def unseen(held: Ragged, logits: Tensor) -> Tokens:
-    """Stored tokens without keys and values, a slot of `held` being one token or some; logits: of `Tokens`."""
+def unseen(held: Ragged | None, heard: ops.Heard | None, group: int = 1) -> list[Tokens]:
+    """Stored tokens without keys and values, where attention left logits of them; a slot has `group` of them."""
+    if held is None or heard is None:
+        return []
+    logits = heard.of(held.data["v"], held.longest * group)
+    if logits is None:
+        return []
     own = held.only(*(n for n in held.data if n == "pos" or n.startswith("stat:")))
     if own.data["pos"].dim() > (3 if own.uniform else 1):
         own = own.opened()
     data, valid = own.padded()
     none = logits.new_empty(*data["pos"].shape, 0)
-    return replace(Tokens.from_columns({"k": none, "v": none, **data}, valid), logits=logits)
+    return [replace(Tokens.from_columns({"k": none, "v": none, **data}, valid), logits=logits)]
 
 
 def count(held: Ragged | None) -> str:

@@ -167,6 +167,7 @@ class Backend:
 
 
 def _on_gpu(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
+    """Leaves no logits: who wants them multiplies once more."""
     return gpu.decode(qs, parts)
 
 
