@@ -42,6 +42,11 @@ class Expectation(Shared, ABC):
         """What each row weighs, the newest 1."""
         return self.decay ** torch.arange(rows - 1, -1, -1, device=device, dtype=torch.float32)
 
+    def raised(self, x: Tensor) -> Tensor:
+        if self.power == 0.25:
+            return x.sqrt().sqrt()  # in a quarter of the time
+        return x if self.power == 1 else x**self.power
+
     @abstractmethod
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """What every row adds, [N,R,blocks]; it sees REACH rows and blocks to either side at most."""
@@ -67,7 +72,7 @@ class Average(Expectation):
         super().__init__(power, decay)
 
     def terms(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        return x**self.power
+        return self.raised(x)
 
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
         return self.terms(x[:, REACH:] if newest else x[:, : REACH + 1])
@@ -107,7 +112,7 @@ class Predictor(Expectation):
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
         if not cpu.runs_networks(x):
             return self._some(x, real, (0, 1) if newest else (1, 0))
-        return cpu.network(self._raised(x), real, [self.weights[n] for n in SHAPES if n != "head.bias"], newest)
+        return cpu.network(self.raised(x), real, [self.weights[n] for n in SHAPES if n != "head.bias"], newest)
 
     def finish(self, mean: Tensor) -> Tensor:
         return mean + self.weights["head.bias"]
@@ -115,14 +120,11 @@ class Predictor(Expectation):
     def _some(self, x: Tensor, real: Tensor | None, ends: tuple[int, int] = (1, 1)) -> Tensor:
         """ends: whether (1) the rows end before the first and behind the last of x, or (0) go on there, where what two
         further rows would have to say is left out."""
-        h = self._conv(self._raised(x)[:, None], "conv1", ends)
+        h = self._conv(self.raised(x)[:, None], "conv1", ends)
         if real is not None:
             h = h * real[:, None, None]
         h = self._conv(h, "conv2", ends)
         return torch.einsum("nctb,c->ntb", h, self.weights["head.weight"])
-
-    def _raised(self, x: Tensor) -> Tensor:
-        return x if self.power == 1 else x**self.power
 
     def _conv(self, x: Tensor, name: str, ends: tuple[int, int]) -> Tensor:
         w, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
