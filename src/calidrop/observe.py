@@ -81,9 +81,7 @@ class Observation(State):
     def slice(self, start: int, stop: int) -> Observation:
         if start == 0 and stop >= len(self.queries):
             return self
-        return replace(
-            self, queries=self.queries.slice(start, stop), lse=self.lse[:, :, start:stop], mass=None, heard=None
-        )
+        return self._of(self.queries.slice(start, stop), self.lse[:, :, start:stop])
 
     def last(self, n: int) -> Observation:
         width = len(self.queries)
@@ -97,15 +95,17 @@ class Observation(State):
         q = torch.cat([old.queries.q, new.queries.q], 2)
         pos = torch.cat([old.queries.pos, new.queries.pos], 1)
         lse = torch.cat([old.lse, new.lse], 2)
-        return replace(
-            new, queries=Queries(q, pos, new.queries.scale, new.queries.softcap), lse=lse, mass=None, heard=None
-        )
+        return new._of(Queries(q, pos, new.queries.scale, new.queries.softcap), lse)
 
     def copied(self) -> Observation:
         """Holds only its own queries (a slice would keep the whole prompt's alive), and nothing of their step."""
         qs = self.queries
         own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
-        return replace(self, queries=own, lse=self.lse.clone(), mass=None, heard=None)
+        return self._of(own, self.lse.clone())
+
+    def _of(self, queries: Queries, lse: Tensor) -> Observation:
+        """Of other queries: without what is known of all of its own."""
+        return replace(self, queries=queries, lse=lse, mass=None, heard=None)
 
     def take_rows(self, rows: Tensor) -> None:
         qs = self.queries
