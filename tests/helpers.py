@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from calidrop import ops
+from calidrop.attention import Queries, logits, merge
 from calidrop.holding import places
 from calidrop.layer import LayerKV
 from calidrop.methods import _predictor
@@ -25,6 +27,7 @@ from calidrop.parts import Layer
 from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
+from calidrop.store import Store
 from calidrop.tokens import Tokens
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -138,3 +141,41 @@ def check_holdings(kv: LayerKV, real: Tensor) -> None:
     assert all(h.form in ("exact", "coded", "host") for h in holdings if h.pos is not None)
     assert torch.equal(at >= 0, real[:, None].expand_as(at)), "a pad has a form, or a token none"
     assert torch.equal(torch.isin(at, torch.tensor(absent)), real[:, None] & ~there[..., :end])
+
+
+def check_heard(decode: Any, weights: Any, qs: Queries, store: Store, limit: float) -> None:
+    """What a kernel's attention leaves of one query is what it said to the tokens, and weights are found from that
+    alone."""
+    parts, heard = store.attend(qs), ops.Heard()
+    o, lse = decode(qs, parts, heard)
+    for got, want in zip((o, lse), merge([p.answer(qs) for p in parts]), strict=True):  # leaving them changes nothing
+        torch.testing.assert_close(got, want, rtol=0, atol=limit)
+    assert len(heard.found) == len(parts)
+    told = store.told(heard)
+    for t, want in zip(told, store.tokens(), strict=True):
+        assert t.logits is not None and t.k.shape[-1] == t.v.shape[-1] == 0
+        assert torch.equal(t.pos, want.pos)
+        s = logits(qs, want.k, want.pos)[:, :, :, 0]
+        assert torch.equal(t.logits.isinf(), s.isinf())
+        error = (t.logits - s).nan_to_num(0.0, 0.0, 0.0).abs()
+        assert error.max() < limit and error.mean() < limit / 10  # of single logits, which no sum evens out
+        for group in ("mean", "max"):
+            got = weights(qs, lse, t.logits, group == "max")
+            torch.testing.assert_close(got, ops.weights_in_torch(qs, lse, want, group), rtol=2 * limit, atol=1e-6)
+
+
+def check_steps_heard(recipe: str, monkeypatch: pytest.MonkeyPatch, steps: int = 20) -> None:
+    """What is tracked is the same where tokens are asked (and decoded) once more for it."""
+    qkv = random_qkv(2, 2, 2, 70 + steps, 64)
+    found = []
+    for heard in (True, False):
+        if not heard:
+            monkeypatch.setattr(ops.Heard, "of", lambda self, values, slots: None)
+        kv = layer_of(recipe, qkv)
+        out = feed(kv, qkv, [70] + [1] * steps, [0, 9])
+        found.append((out, [(t.pos, t.stats) for t in live(kv)]))
+    (out, tokens), (want_out, want) = found
+    torch.testing.assert_close(out, want_out, rtol=1e-4, atol=1e-4)
+    for (pos, stats), (want_pos, want_stats) in zip(tokens, want, strict=True):
+        assert torch.equal(pos, want_pos)
+        torch.testing.assert_close(stats, want_stats, rtol=1e-3, atol=1e-4)

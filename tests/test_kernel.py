@@ -18,7 +18,7 @@ from calidrop.ops import alike, cpu
 from calidrop.state import Ragged
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
-from helpers import feed, layer_of, live, random_qkv, run
+from helpers import check_heard, check_steps_heard, live, random_qkv, run
 
 # not where it fails to compile
 pytestmark = pytest.mark.skipif(cpu.kernel().reason.startswith("no C++ compiler"), reason=cpu.kernel().reason)
@@ -48,25 +48,6 @@ def check(qs: Queries, parts: list, sets: list[Tokens], limit: float) -> None:
     assert torch.equal(lse.isinf(), total.isinf())
     assert (lse - total).nan_to_num(0.0, 0.0, 0.0).abs().max() < limit
     assert (o - want).abs().max() < limit
-
-
-def check_heard(qs: Queries, store: Store, limit: float) -> None:
-    """What attention leaves of one query is what it said to the tokens, and weights are found from that alone."""
-    parts, heard = store.attend(qs), ops.Heard()
-    o, lse = cpu.decode(qs, parts, heard)
-    assert all(torch.equal(x, y) for x, y in zip((o, lse), cpu.decode(qs, parts), strict=True))
-    assert len(heard.found) == len(parts)
-    told = store.told(heard)
-    for t, want in zip(told, store.tokens(), strict=True):
-        assert t.logits is not None and t.k.shape[-1] == t.v.shape[-1] == 0
-        assert torch.equal(t.pos, want.pos)
-        s = logits(qs, want.k, want.pos)[:, :, :, 0]
-        assert torch.equal(t.logits.isinf(), s.isinf())
-        error = (t.logits - s).nan_to_num(0.0, 0.0, 0.0).abs()
-        assert error.max() < limit and error.mean() < limit / 10  # of single logits, which no sum evens out
-        for group in ("mean", "max"):
-            got, p = ops.weights(qs, lse, t, group), ops.weights_in_torch(qs, lse, want, group)
-            torch.testing.assert_close(got, p, rtol=2 * limit, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -111,8 +92,8 @@ def test_heads_of_unequal_length():
     store.held = Ragged(t.columns(), t.valid)
     assert not store.held.uniform
     check(qs, store.attend(qs), [t], 2e-5)
-    check_heard(qs, store, 2e-5)
-    check_heard(replace(qs, softcap=2.0), store, 2e-5)
+    check_heard(cpu.decode, cpu.weights, qs, store, 2e-5)
+    check_heard(cpu.decode, cpu.weights, replace(qs, softcap=2.0), store, 2e-5)
 
 
 def test_only_a_view_of_a_buffer():
@@ -218,7 +199,7 @@ def test_codes(flags, recipe, D, monkeypatch):
         return
     assert sum(not isinstance(p, tuple) for p in parts) == len(parts)
     check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
-    check_heard(qs, store, 1e-3)
+    check_heard(cpu.decode, cpu.weights, qs, store, 1e-3)
 
 
 @pytest.mark.parametrize("G", [1, 2, 4, 7])
@@ -423,20 +404,7 @@ def test_h2o_holds_the_same_with_sums_found_on_the_way(pads, monkeypatch):
     ],
 )
 def test_steps_heard_on_the_way(recipe, monkeypatch):
-    """What is tracked is the same where tokens are asked (and decoded) once more for it."""
-    qkv = random_qkv(2, 2, 2, 90, 64)
-    found = []
-    for heard in (True, False):
-        if not heard:
-            monkeypatch.setattr(ops.Heard, "of", lambda self, values, slots: None)
-        kv = layer_of(recipe, qkv)
-        out = feed(kv, qkv, [70] + [1] * 20, [0, 9])
-        found.append((out, [(t.pos, t.stats) for t in live(kv)]))
-    (out, tokens), (want_out, want) = found
-    torch.testing.assert_close(out, want_out, rtol=1e-4, atol=1e-4)
-    for (pos, stats), (want_pos, want_stats) in zip(tokens, want, strict=True):
-        assert torch.equal(pos, want_pos)
-        torch.testing.assert_close(stats, want_stats, rtol=1e-3, atol=1e-4)
+    check_steps_heard(recipe, monkeypatch)
 
 
 def test_a_prompt_that_gradients_go_through_is_attended_by_torch():

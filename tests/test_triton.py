@@ -1,11 +1,13 @@
 """The Triton kernels (ops/gpu) against their oracles, interpreted where there is no GPU."""
 
+import functools
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from calidrop.rope import Rope
 from calidrop.state import Ragged
 from calidrop.store import Exact
 from calidrop.tokens import Tokens
-from helpers import kernels, layer_of, live, random_qkv, run
+from helpers import check_heard, check_steps_heard, kernels, layer_of, live, random_qkv, run
 from tiny import batch, generate, tiny, worst
 
 if sys.platform != "linux":
@@ -48,6 +50,9 @@ NAN = float("nan")
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+LITTLE = functools.partial(decode, least=16)  # tokens per program, so that there are many
+
+
 def queries(B: int, Hq: int, T: int, D: int, softcap: float | None = None, dtype=torch.float32) -> Queries:
     q = torch.randn(B, Hq, T, D, device=DEVICE).to(dtype)
     return Queries(q, torch.full((B, T), 10_000, device=DEVICE), D**-0.5, softcap)
@@ -64,10 +69,9 @@ def tokens(B: int, H: int, N: int, D: int, dtype=torch.float32, empty: float = 0
     return Tokens(room[:, :, :N], v[:, :, :N], pos[:, :, :N], dense=empty == 0.0)
 
 
-def check(qs: Queries, parts: list, sets: list[Tokens], limit: float, least: int = 16) -> None:
-    """least: few tokens per program, so that there are many."""
+def check(qs: Queries, parts: list, sets: list[Tokens], limit: float) -> None:
     assert not gpu_refuses(qs, parts)
-    o, lse = decode(qs, parts, least)
+    o, lse = LITTLE(qs, parts)
     want, total = merge([attend(qs, t.k, t.v, t.pos) for t in sets])
     assert o.isfinite().all()
     assert torch.equal(lse.isinf(), total.isinf())
@@ -107,7 +111,7 @@ def test_several_sets_empty_slots_and_answers(softcap):
 def test_bias():
     qs, t = queries(2, 4, 1, 32, dtype=torch.bfloat16), tokens(2, 2, 40, 32)  # summaries are fp32 beside a bf16 model
     bias = torch.randn(2, 2, 45, device=DEVICE)[:, :, :40]  # lies as the tokens do
-    o, lse = decode(qs, [ops.piece(t, bias)], 16)
+    o, lse = LITTLE(qs, [ops.piece(t, bias)])
     want, total = attend(qs, t.k, t.v, t.pos, bias)
     assert (o - want).abs().max() < 2e-5
     assert (lse - total).abs().max() < 2e-5
@@ -122,6 +126,8 @@ def test_heads_of_unequal_length():
     assert not store.held.uniform
     poison(store.held)
     check(qs, store.attend(qs), [t], 2e-5)
+    for softcap in (None, 2.0):
+        check_heard(LITTLE, gpu.weights, replace(qs, softcap=softcap), store, 2e-5)
 
 
 def poison(held: Ragged) -> None:
@@ -168,6 +174,7 @@ def test_codes(recipe):
     parts = kv.state.store.attend(qs)
     assert not any(isinstance(p, tuple) for p in parts)
     check(qs, [*parts, ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+    check_heard(LITTLE, gpu.weights, qs, kv.state.store, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,7 @@ def test_codes_leave_no_range_of_fp16(recipe):
     for size in (1e-7, 1e6):
         x = (k[:, :, 100:101].repeat_interleave(3, 1) * size).to(torch.bfloat16).to(DEVICE)
         qs = Queries(x, torch.full((1, 1), 10_000, device=DEVICE), 10 / 1600 / size)
-        o, lse = decode(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], 16)
+        o, lse = LITTLE(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())])
         want, total = merge([attend(qs, t.k, t.v, t.pos) for t in live(kv)])
         assert (lse - total).abs().max() < 2e-2
         assert (o - want).norm() < 2e-2 * want.norm()
@@ -226,6 +233,25 @@ def test_mass(W, softcap):
     start = torch.zeros(B, device=DEVICE, dtype=torch.long)
     assert (got - Observation(qs, lse, start + N, start).weights(t).sum(2)).abs().max() < 1e-5
     assert (got[~t.valid] == 0).all()
+
+
+@pytest.mark.parametrize(("group", "block"), [("mean", 1), ("max", 1), ("max", 16), ("mean", 64), ("mean", 8)])
+def test_weights_from_logits(group, block):
+    """A row that is a pad, heads with nothing, a query that heard nothing, more tokens than a program takes."""
+    B, H, G, N = 3, 2, 3, 1024 + 192
+    s = 3 * torch.randn(B, H, G, N, device=DEVICE)
+    s[torch.rand(B, H, G, N, device=DEVICE) < 0.2] = float("-inf")
+    s[0, 1] = float("-inf")
+    lse = s.logsumexp(-1).view(B, H * G, 1)
+    qs = queries(B, H * G, 1, 16)
+    qs.pos[2] = -1
+    t = tokens(B, H, N, 16)
+    t.logits = s
+    assert gpu.pools(t, block) and not gpu.pools(t, 24) and not gpu.pools(t, 256) and not gpu.pools(t.slice(0, 9), 16)
+    want = ops.weights_in_torch(qs, lse, t, group, block)
+    got = gpu.weights(qs, lse, s, group == "max", block)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+    assert (got[2] == 0).all() and (got[0, 1] == 0).all() and got[0, 0].any()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -330,6 +356,19 @@ def test_a_model_decodes_as_it_does_in_torch(recipe, dispatched, monkeypatch):
     assert worst(logits, expected) < 2e-3
 
 
+@pytest.mark.parametrize("recipe", ["h2o(budget=24, every=4)+int4", "lazy_eviction(budget=40, window=4)+fp8"])
+def test_steps_heard_on_the_way(recipe, dispatched, monkeypatch):
+    """Keys are asked once."""
+    asked: list[int] = []  # how many queries; 0 where their logits are there
+    own = ops.weights
+    monkeypatch.setattr(ops, "mass", lambda qs, lse, t: asked.append(len(qs)) or gpu.mass(qs, lse, t))
+    monkeypatch.setattr(ops, "weights", lambda qs, lse, t, *of: asked.append(t.logits is None) or own(qs, lse, t, *of))
+    run(recipe, random_qkv(2, 2, 2, 75, 64), 70)
+    assert 0 in asked and 1 not in asked
+    check_steps_heard(recipe, monkeypatch, steps=5)
+    assert 1 in asked
+
+
 def test_what_it_does_not_take_is_answered_by_torch_and_said(dispatched):
     qs, t, odd = queries(1, 4, 1, 48), tokens(1, 2, 20, 48), tokens(1, 2, 30, 48)
     assert ops.pick(qs, [ops.piece(t)]) is ops.GPU
@@ -361,17 +400,19 @@ def test_off_switch(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
-    """To machine code, with no GPU, and without spilling more than a register or two (MixKVQ: a few; latents: a table
-    for sines)."""
+    """To machine code, with no GPU, and without spilling more than a register or two (MixKVQ: a few; leaving logits:
+    twice that; latents: a table for sines)."""
     worker = Path(__file__).with_name("triton_worker.py")
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, worker, str(capability)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
-    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_round", "_keys", "_asked"}
+    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_weights", "_round", "_keys", "_asked"}
     for k in kernels:
         most = 64 if k["name"] in ("_keys", "_asked") else 32 if "mixkvq" in k["recipe"] else 16
+        if k["name"] == "_split" and "heard" in k["recipe"]:
+            most *= 2
         assert k["STACK"] <= most, k
 
 

@@ -61,15 +61,21 @@ def usage(kernel) -> dict:
 
 
 def everything(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None:
-    """Every kernel once, decode with every format. asked: gets the recipe before its kernels are compiled."""
+    """Every kernel once, decode with every format. asked: gets the recipe before its kernels are compiled,
+    and "heard" behind it where they leave logits."""
     D = 128
     qs = Queries(torch.randn(2, 6, 1, D).to(dtype), torch.full((2, 1), 999), 0.1)
     for recipe in recipes:
         asked.append(recipe)
         kv = run(recipe, tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 300, D)))  # type: ignore[arg-type]
         window = kv.state.window.tokens()
-        decode(qs, [*kv.state.store.attend(qs), ops.piece(window), attend(qs, window.k, window.v, window.pos)])
+        parts = [*kv.state.store.attend(qs), ops.piece(window), attend(qs, window.k, window.v, window.pos)]
+        decode(qs, parts)
+        asked.append(f"{recipe}, heard")
+        decode(qs, parts, ops.Heard())
     gpu.mass(qs, torch.zeros(2, 6, 1), window)
+    for block in (1, 16):
+        gpu.weights(qs, torch.zeros(2, 6, 1), torch.randn(2, 2, 3, 64), block > 1, block)
     x = torch.randn(2, 2, 64, D).to(dtype)
     for bits in (2, 4, 8):
         gpu.rounded(x, bits)

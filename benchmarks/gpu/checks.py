@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu import pieces
 from benchmarks.gpu.run import Run, show
 from calidrop import KVCache, ops
-from calidrop.attention import Queries, attend, merge
+from calidrop.attention import Queries, attend, logits, merge
 from calidrop.hadamard import hadamard
 from calidrop.methods._latents import Basis
 from calidrop.ops import gpu
@@ -73,8 +73,8 @@ def _recorded(run: Run, recipe: str) -> float:
 
 
 def _decode(run: Run) -> Iterator[Check]:
-    """Formats x dtypes, heads of equal and unequal length, with a window and an answer beside them. Each is another
-    kernel to compile, seconds: half precision checks three formats."""
+    """Formats x dtypes, heads of equal and unequal length, with a window and an answer beside them, logits left or not.
+    Each is another kernel to compile, seconds: fp16 checks three formats."""
     shape = (
         {"B": 1, "H": 2, "G": 2, "T": 1, "D": 32, "N": 70}
         if run.tiny
@@ -91,13 +91,16 @@ def _decode(run: Run) -> Iterator[Check]:
                 (name, bf16, True, other) for name in ("exact", "int4", "kivi4") if name != "kivi4" or D % 32 == 0
             ]
     for name, dtype, uneven, s in cases:
+        listens = s["T"] == 1 and (dtype == fp32 or not uneven)
         what = f"decode {name} {str(dtype)[6:]} T={s['T']} D={s['D']} G={s['G']}{' uneven' * uneven}"
-        yield what, LIMITS[dtype], functools.partial(_one, run, name, dtype, uneven, **s)
+        what += " heard" * listens
+        yield what, LIMITS[dtype], functools.partial(_one, run, name, dtype, uneven, listens, **s)
 
 
 def _one(
-    run: Run, name: str, dtype: torch.dtype, uneven: bool, *, B: int, H: int, G: int, T: int, D: int, N: int
-) -> float:
+    run: Run, name: str, dtype: torch.dtype, uneven: bool, listens: bool,
+    *, B: int, H: int, G: int, T: int, D: int, N: int,
+) -> float:  # fmt: skip
     t, window, other = (
         pieces.tokens(B, H, n, D, dtype, run.device, u) for n, u in ((N, uneven), (45, True), (33, False))
     )
@@ -107,9 +110,20 @@ def _one(
     picked = ops.pick(qs, parts)
     if picked is not ops.GPU:
         raise RuntimeError(f"the dispatch took {picked.name}")
-    o, lse = picked.decode(qs, parts)
+    heard = ops.Heard() if listens else None
+    o, lse = picked.decode(qs, parts, heard)
     want, total = merge([attend(qs, x.k, x.v, x.pos) for x in (*store.tokens(), window, other)])
-    return max(relative(o, want), float((lse - total).abs().max()))
+    errors = [relative(o, want), float((lse - total).abs().max())]
+    for t, decoded in zip(store.told(heard), store.tokens(), strict=True) if listens else ():
+        if t.logits is None:
+            raise RuntimeError("no logits were left")
+        said = logits(qs, decoded.k, decoded.pos)[:, :, :, 0]
+        if not torch.equal(t.logits.isinf(), said.isinf()):
+            raise RuntimeError("logits of other tokens were left")
+        errors.append(relative(t.logits.nan_to_num(neginf=0.0), said.nan_to_num(neginf=0.0)))
+        p = ops.weights_in_torch(qs, total, decoded)
+        errors.append(relative(ops.weights(qs, total, t), p))
+    return max(errors)
 
 
 def _others(run: Run) -> Iterator[Check]:

@@ -166,13 +166,8 @@ class Backend:
     decode: Answer
 
 
-def _on_gpu(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
-    """Leaves no logits: who wants them multiplies once more."""
-    return gpu.decode(qs, parts)
-
-
 CPU = Backend("the kernel for CPUs", cpu.decode)
-GPU = Backend("the Triton kernel", _on_gpu)
+GPU = Backend("the Triton kernel", gpu.decode)
 
 
 def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
@@ -228,9 +223,10 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
 def weights(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
     """Softmax weights of one query: of every `block` tokens the largest, then of a kv head's query heads the "mean" or
     the "max". lse: [B,Hq,1]. -> fp32 [B,H,N/block]; N must be a multiple of block."""
-    if t.logits is not None and cpu.pools(t, block):
-        return cpu.weights(qs, lse, t.logits, group == "max", block)
-    if not _triton(qs.q.device) and cpu.sums(qs, t) and cpu.pools(t, block):
+    own = gpu if _triton(qs.q.device) else cpu
+    if t.logits is not None and own.pools(t, block):
+        return own.weights(qs, lse, t.logits, group == "max", block)
+    if own is cpu and cpu.sums(qs, t) and cpu.pools(t, block):
         return cpu.mass(qs, lse, t, group == "max", block)
     return weights_in_torch(qs, lse, t, group, block)
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.ops import piece
-from calidrop.ops.piece import Piece
+from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 
 MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
 UNITS = (64, 128)  # of keys at several widths: a product has 8 columns at least, and a column is a word of 8 codes
+MOST_BLOCK = 128  # tokens of which the largest weight is taken
 MOST_SUMS = 16 * 1024  # numbers a program adds up: queries times channels
 
 
@@ -75,16 +76,27 @@ def unread(x: Piece, qs: Queries) -> str:
     return ""
 
 
-def decode(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
+def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:
     from calidrop.ops.gpu.attention import decode
 
-    return decode(qs, parts)
+    return decode(qs, parts, heard)
 
 
 def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     from calidrop.ops.gpu.columns import mass
 
     return mass(qs, lse, t)
+
+
+def weights(qs: Queries, lse: Tensor, logits: Tensor, largest: bool = False, block: int = 1) -> Tensor:
+    from calidrop.ops.gpu.columns import weights
+
+    return weights(qs, lse, logits, largest, block)
+
+
+def pools(t: Tokens, block: int) -> bool:
+    """Whether `weights` can take the largest weight of every `block` tokens."""
+    return block & (block - 1) == 0 and block <= MOST_BLOCK and len(t) % block == 0
 
 
 def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

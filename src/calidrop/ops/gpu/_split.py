@@ -8,6 +8,9 @@ codes are decoded in registers, as folding would cost as much on the 16 rows tha
 What codes cost is instructions, and the way of numbers between threads. So memory is read as words of two bytes that
 lie in registers as a product wants its operand, and `code` decodes them there. The words' first codes are one matrix,
 their second codes another, ...: their products are added up (keys per token), or `woven` together (all others).
+
+to: where logits go, or None: those of the kv head, where in them each row begins, the token in memory that is its
+first, and which rows there are. (Pointers of 64 bits to every logit would take a quarter more registers.)
 """
 
 # pyright: basic, reportAssignmentType=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -36,20 +39,25 @@ def _weigh(s, m, l):
 
 
 @triton.jit
-def _bent(s, p, at, there, softcap, CAPPED: tl.constexpr):
+def _bent(s, p, to, at, there, softcap, CAPPED: tl.constexpr):
     """Logits with everything that changes them after the product. at: the token's place in memory."""
+    inside = there
     if CAPPED:
         s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
     if p[3] is not None:
         s += tl.load(p[3] + at, mask=there, other=0.0)[None, :]
     if p[2] is not None:
         there = there & (tl.load(p[2] + at, mask=there, other=-1) >= 0)
-    return tl.where(there[None, :], s, float("-inf"))
+    s = tl.where(there[None, :], s, float("-inf"))
+    if to is not None:
+        n = (at - to[2]).to(tl.int32)
+        tl.store(to[0] + (to[1][:, None] + n[None, :]), s, mask=to[3][:, None] & inside[None, :])
+    return s
 
 
 @triton.jit
 def _tokens(
-    x, p, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    x, p, to, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Exact tokens."""
@@ -66,7 +74,7 @@ def _tokens(
         k = tl.load(p[0] + at[:, None] * D + d[None, :], mask=seen_k, other=0)
         v = tl.load(p[1] + at[:, None] * DV + dv[None, :], mask=seen_v, other=0)
         s = product(x, tl.trans(k.to(dt)))
-        w, shrink, m, l = _weigh(_bent(s * scale, p, at, there, softcap, CAPPED), m, l)
+        w, shrink, m, l = _weigh(_bent(s * scale, p, to, at, there, softcap, CAPPED), m, l)
         acc = acc * shrink[:, None] + product(w.to(dt), v.to(dt))
     return m, l, acc
 
@@ -119,7 +127,7 @@ def _zero(scales, i: tl.constexpr, by, HALF: tl.constexpr):
 
 @triton.jit
 def _codes(
-    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    q, rows, p, to, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token a slot, with a scale (and a zero) per token. The scale of a token's values is in its weight, which would
@@ -158,7 +166,7 @@ def _codes(
         s *= k_scale[None, :]
         if F[0] == 1:
             s += total[:, None] * _zero(scales, 0, 1.0, HALF)[None, :]
-        s = _bent(s * (scale * size_of)[:, None], p, base + n, there, softcap, CAPPED) + (depth / LOG2E)[None, :]
+        s = _bent(s * (scale * size_of)[:, None], p, to, base + n, there, softcap, CAPPED) + (depth / LOG2E)[None, :]
         w, shrink, m = _lifted(s, m)
         l = l * shrink[:, None] + w * inverse[None, :]
         if F[0] == 1:
@@ -179,7 +187,7 @@ def _repeated(x, n: tl.constexpr):
 
 @triton.jit
 def _units(
-    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    q, rows, p, to, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A unit of tokens a slot: keys [D,group] with a scale and zero per channel, values [group,Dv] per token over
@@ -218,7 +226,7 @@ def _units(
         for i in tl.static_range(P):
             s += (product(x[0], tl.fma(code(k, i, 2, F[1], 0, dt), k_scale, k_zero)),)
         s = woven(s, P) * (scale * size_of)[:, None]
-        w, shrink, m = _lifted(_bent(s, p, at, there, softcap, CAPPED), m)
+        w, shrink, m = _lifted(_bent(s, p, to, at, there, softcap, CAPPED), m)
         l = l * shrink[:, None] + w
         new = ()
         for i in tl.static_range(P):
@@ -259,7 +267,7 @@ def _read(p, at, there, SIZE: tl.constexpr, WORDS: tl.constexpr, BITS: tl.conste
 
 @triton.jit
 def _groups(
-    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    q, rows, p, to, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token a slot, with a scale and zero per group of channels."""
@@ -284,7 +292,7 @@ def _groups(
         s = tl.zeros([RP, BLOCK], tl.float32)
         for i in tl.static_range(P):
             s = product(x[i], tl.trans(tl.fma(code(k, i, 4, wide, 0, dt), size, zero)), s)
-        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, at, there, softcap, CAPPED), m)
+        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, to, at, there, softcap, CAPPED), m)
         l = l * shrink[:, None] + w
         size, zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
         new = ()
@@ -329,7 +337,7 @@ def _tier(
 
 @triton.jit
 def _tiers(
-    q, rows, p, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
+    q, rows, p, to, F: tl.constexpr, base, start, stop, scale, softcap, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A unit of tokens a slot, with an order of the channels of its keys: the first are exact, the next have 4 bits,
@@ -372,7 +380,7 @@ def _tiers(
             codes = p[0], p[4], p[5], p[15]
             s += _tier(q, rows, inverse, codes, unit, t % group, D, group, size, per, n16 + n4, n2, F[13], 2, dt)
         there = n < stop * group
-        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, at, there, softcap, CAPPED), m)
+        w, shrink, m = _lifted(_bent(s * (scale * size_of)[:, None], p, to, at, there, softcap, CAPPED), m)
         l = l * shrink + tl.sum(w, 1)
         v = tl.load(p[1] + at[:, None] * (DV // P) + dv[None, :], mask=(dv < DV // P)[None, :], other=0)
         v_scale, v_zero = _grid(p[6], p[7], at, there, DV, F[3], V, G, dt)
@@ -423,18 +431,20 @@ def _ask(
         source = q
     scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
     rows = source + (bh.to(tl.int64) * R + r) * D
+    room = n * F[2]  # logits of a row
+    to = (p[16] + bh.to(tl.int64) * R * room, r * room, base * F[2], r < R) if p[16] is not None else None
     if F[0] == 0:
         d = tl.arange(0, DP)
         x = tl.load(rows[:, None] + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-        m, l, acc = _tokens(x, p, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+        m, l, acc = _tokens(x, p, to, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 2:
-        m, l, acc = _units(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+        m, l, acc = _units(rows, r < R, p, to, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 5:
-        m, l, acc = _tiers(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+        m, l, acc = _tiers(rows, r < R, p, to, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     elif F[0] == 4:
-        m, l, acc = _groups(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+        m, l, acc = _groups(rows, r < R, p, to, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     else:
-        m, l, acc = _codes(rows, r < R, p, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
+        m, l, acc = _codes(rows, r < R, p, to, F, base, start, stop, scale, softcap, CAPPED, D, DV, DP, DVP, RP, F[5])
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     acc /= l[:, None]

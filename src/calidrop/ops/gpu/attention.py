@@ -16,11 +16,11 @@ from calidrop.hadamard import signs
 from calidrop.ops.gpu._join import _join
 from calidrop.ops.gpu._shared import launch, padded
 from calidrop.ops.gpu._split import SLOTS, _split
-from calidrop.ops.piece import Piece
+from calidrop.ops.piece import Heard, Piece
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3, "per group": 4, "tiers": 5}
-COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens, own queries, `mix` and
-TIERS = ("k16", "k4", "k4_scale", "k4_zero", "order")
+COLUMNS = ("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero")  # then lens, own queries, `mix`,
+TIERS = ("k16", "k4", "k4_scale", "k4_zero", "order")  # and where logits go
 LEAST = 256  # tokens worth a program
 Tile = tuple[int, int, int]  # tokens at a time, warps, pipeline stages
 # by kind and bits, for up to 16 rows of 128 channels of half precision
@@ -51,10 +51,13 @@ def _warps(device: torch.device) -> int:
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
 
 
-def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, tile: Tile | None = None) -> Partial:
+def decode(
+    qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None, least: int = LEAST,
+    tile: Tile | None = None,
+) -> Partial:  # fmt: skip
     """Attention over the union of disjoint sets, all of them visible: two launches (and one more per four further
-    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. least: tokens worth a program. tile: of the first
-    launch, where it is not to be `tile_of` the pieces."""
+    pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. heard: gets the logits of all pieces, if there is
+    one query. least: tokens worth a program. tile: of the first launch, where it is not to be `tile_of` the pieces."""
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
@@ -67,7 +70,8 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], least: int = LEAST, ti
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
     for i in range(0, len(pieces), SLOTS):
-        told, formats = _told(pieces[i : i + SLOTS], per[i:], ends[i + 1 :], blocks[i:], D)
+        left = [None if heard is None or T > 1 else _left(p, B, R, heard) for p in pieces[i : i + SLOTS]]
+        told, formats = _told(pieces[i : i + SLOTS], left, per[i:], ends[i + 1 :], blocks[i:], D)
         launch(
             _split, (B * H, ends[min(i + SLOTS, len(pieces))] - ends[i]), q, turned, o, lse, ends[-1], ends[i],
             qs.scale, qs.softcap or 0.0, *told, **formats, CAPPED=qs.softcap is not None,
@@ -125,8 +129,18 @@ def _stretches(
     return per, ends
 
 
+def _left(p: Piece, rows: int, group: int, heard: Heard) -> Tensor:
+    """Room for the logits of a piece. Where heads differ, nobody writes what they do not have."""
+    v, shape = p.columns["v"], (rows, p.heads, group, p.slots * p.group)
+    found = torch.empty(shape, device=v.device)
+    if p.lens is not None:
+        found.fill_(float("-inf"))
+    heard.put(v, found)
+    return found
+
+
 def _told(
-    pieces: list[Piece], per: list[int], ends: list[int], blocks: list[int], D: int
+    pieces: list[Piece], left: list[Tensor | None], per: list[int], ends: list[int], blocks: list[int], D: int
 ) -> tuple[list[Any], dict[str, Any]]:
     """What `_split` is told of the pieces of one launch, and their formats."""
     args: list[Any] = []
@@ -135,7 +149,7 @@ def _told(
         pitch = p.pitch()
         assert pitch is not None
         columns: tuple[Tensor | None, ...] = (*(_words(p, name) for name in COLUMNS), p.lens, _own(p), p.mix)
-        columns += tuple(_words(p, name) for name in TIERS)
+        columns += (*(_words(p, name) for name in TIERS), left[i])
         width = D if p.q is None else p.q.shape[-1]
         turn = (width & -width) if p.rotate else 1
         args += [columns, p.slots, *pitch, per[i], ends[i]]

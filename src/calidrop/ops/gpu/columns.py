@@ -1,6 +1,7 @@
 """Column sums of attention in Triton: what all observed queries pay each key, without a queries x keys matrix.
 
-The oracle is `ops.mass_in_torch`: exp(logits - lse) summed over queries, averaged over a kv head's query group.
+The oracles are `ops.mass_in_torch`, exp(logits - lse) summed over queries, averaged over a kv head's query group, and
+`ops.weights_in_torch`, of one query.
 """
 
 # pyright: basic, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -64,5 +65,40 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
         _mass, (B * H, triton.cdiv(N, block)), qs.q.contiguous(), qs.pos.contiguous(), lse.float().contiguous(),
         k, t.pos, out, W, N, *k.stride()[:3], *t.pos.stride(), qs.scale, qs.softcap or 0.0,
         CAPPED=qs.softcap is not None, H=H, G=Hq // H, D=D, DP=padded(D), BLOCK=block, ROWS=rows, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["N"])
+def _weights(
+    logits, lse, q_pos, out, N, LARGEST: tl.constexpr, H: tl.constexpr, G: tl.constexpr, POOL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grid (row and kv head, block of tokens). logits [B,H,G,N], lse [B,H,G]."""
+    bh = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK // POOL], tl.float32)
+    for g in range(G):
+        row = bh.to(tl.int64) * G + g
+        norm = tl.load(lse + row)
+        norm = tl.where(norm == float("-inf"), 0.0, norm)
+        w = tl.exp(tl.load(logits + row * N + n, mask=n < N, other=float("-inf")) - norm)
+        if POOL > 1:
+            w = tl.max(tl.reshape(w, (BLOCK // POOL, POOL)), 1)
+        total = tl.maximum(total, w) if LARGEST else total + w
+    if not LARGEST:
+        total /= G
+    total = tl.where(tl.load(q_pos + bh // H) >= 0, total, 0.0)
+    i = tl.program_id(1) * (BLOCK // POOL) + tl.arange(0, BLOCK // POOL)
+    tl.store(out + bh.to(tl.int64) * (N // POOL) + i, total, mask=i < N // POOL)
+
+
+def weights(qs: Queries, lse: Tensor, logits: Tensor, largest: bool = False, block: int = 1) -> Tensor:
+    """`ops.weights` of one query whose logits [B,H,G,N] are there, as `decode` leaves them: [B,H,N/block]."""
+    B, H, G, N = logits.shape
+    out = torch.empty(B, H, N // block, device=logits.device, dtype=torch.float32)
+    launch(
+        _weights, (B * H, triton.cdiv(N, 1024)), logits, lse.float().contiguous(), qs.pos.contiguous(), out, N,
+        LARGEST=largest, H=H, G=G, POOL=block, BLOCK=1024,
     )  # fmt: skip
     return out
