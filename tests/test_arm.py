@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 import test_kernel
-from calidrop.ops import cpu
+from calidrop.ops import build, cpu
 from test_kernel import (  # noqa: F401 (collected here once more)
     test_heads_of_unequal_length,
     test_only_a_view_of_a_buffer,
@@ -74,8 +74,8 @@ def program(request, tmp_path_factory, worker_id):
     to = folder / request.param
     with FileLock(folder / f"{request.param}.lock"):
         if not to.exists():
-            sources = [*sorted(cpu.SOURCES.glob("*.cpp")), Path(__file__).with_name("on_arm.cpp")]
-            flags = [x for x in cpu.FLAGS if x not in ("-march=native", "-shared", "-fPIC")]
+            sources = [*sorted(build.SOURCES.glob("*.cpp")), Path(__file__).with_name("on_arm.cpp")]
+            flags = [x for x in build.FLAGS if x not in ("-march=native", "-shared", "-fPIC")]
             command = [COMPILER, *flags, f"-march={request.param}", "-static", *sources, "-fopenmp", "-o", to]
             subprocess.run(command, check=True)
     return to

@@ -1,8 +1,10 @@
 """The decode kernel for CPUs (ops/cpp) against its oracle, attention.attend and merge on the decoded tokens."""
 
+import ctypes
 import functools
 import platform
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from calidrop import ops
 from calidrop.attention import Queries, attend, logits, merge
 from calidrop.methods._predictor import Predictor
 from calidrop.observe import Observation
-from calidrop.ops import alike, cpu
+from calidrop.ops import alike, build, cpu
 from calidrop.state import Ragged
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
@@ -159,6 +161,30 @@ def use(flags: tuple[str, ...], monkeypatch) -> None:
         other = compiled(flags)
         assert not other.reason
         monkeypatch.setattr(cpu, "kernel", lambda: other)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_it_is_compiled_once_and_says_so(locks, tmp_path, monkeypatch, caplog):
+    """By whoever comes first; where the file system knows no locks, by all who come before it is there."""
+    (tmp_path / "cpp").mkdir()
+    (tmp_path / "cpp" / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "cpp")
+    monkeypatch.setenv("CALIDROP_CACHE", str(tmp_path / "cache"))
+    if not locks:
+
+        def refuse(self):
+            raise NotImplementedError
+
+        monkeypatch.setattr(build.FileLock, "acquire", refuse)
+    with ThreadPoolExecutor(4) as pool:
+        found = {*pool.map(lambda _: build.built(()), range(4))}
+    assert ctypes.CDLL(str(found.pop())).one() == 1 and not found
+    said = [x.getMessage() for x in caplog.records if x.name == build.__name__]
+    assert len(said) == 1 if locks else said
+    assert all("once" in x for x in said)
+    build.built(())
+    assert len(said) == len([x for x in caplog.records if x.name == build.__name__])
+    assert not list((tmp_path / "cache").glob(".compiling-*"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The kernels for CPUs: compiled at first use for this machine, kept in the user's cache folder.
+"""The kernels for CPUs, which `build` compiles at first use.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
 `ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, that of `network` the convolutions of its caller.
@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
-from calidrop.ops import piece
+from calidrop.ops import build, piece
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 
-SOURCES = Path(__file__).with_name("cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)  # what there are loops for: narrower rows are filled up
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4, "e4m3": 5, "tiers": 6}
 ANSWERED = 3
@@ -58,7 +49,7 @@ class Kernel:
             self.reason = f"CALIDROP_KERNEL={wish}"
             return
         try:
-            library = ctypes.CDLL(str(_built((*FLAGS, *flags))))
+            library = ctypes.CDLL(str(build.built(flags)))
         except (OSError, subprocess.SubprocessError) as error:
             self.reason = " ".join(str(error).split())[:200]
             return
@@ -79,60 +70,6 @@ class Kernel:
 @functools.cache
 def kernel() -> Kernel:
     return Kernel()
-
-
-def _built(flags: tuple[str, ...]) -> Path:
-    """The compiled library. Raises OSError where there is no compiler, SubprocessError where it fails."""
-    _share_openmp()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler (g++ or clang++)")
-    sources = sorted(SOURCES.glob("*.cpp"))
-    told = "\n".join(
-        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), _cpu())
-    )
-    name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
-    if not (folder / name).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as temporary:
-            made = Path(temporary) / name
-            # not linked with a runtime of its own: two of them in one process fight for the cores
-            compile = functools.partial(_compiled, compiler, ("-c", *flags), Path(temporary))
-            with ThreadPoolExecutor() as pool:
-                objects = list(pool.map(compile, sources))
-            command = [compiler, "-shared", *objects, "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(made, folder / name)
-    return folder / name
-
-
-def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, source: Path) -> str:
-    to = str(folder / f"{source.stem}.o")
-    subprocess.run([compiler, *flags, str(source), "-o", to], check=True, capture_output=True, text=True)
-    return to
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((x for x in lines if x.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.processor()
-
-
-def _share_openmp() -> None:
-    """Let the kernel find the OpenMP runtime that torch runs on. Raises OSError where that is not known."""
-    try:
-        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
-    except OSError:
-        paths = set()
-    runtimes = sorted(p for p in paths if any(n in Path(p).name for n in ("libgomp", "libiomp", "libomp")))
-    if not runtimes:
-        raise OSError("torch's OpenMP runtime was not found")
-    # torch's own, where another library brought a second one
-    ctypes.CDLL(next((p for p in runtimes if "torch" in p), runtimes[0]), mode=ctypes.RTLD_GLOBAL)
 
 
 def refusal(qs: Queries) -> str:

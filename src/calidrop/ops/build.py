@@ -1,0 +1,101 @@
+"""Compiles the kernels for CPUs for this machine, once: the library is kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+SOURCES = Path(__file__).with_name("cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+log = logging.getLogger(__name__)
+
+
+def built(flags: tuple[str, ...]) -> Path:
+    """The compiled library. flags: further ones. Raises OSError where there is no compiler, SubprocessError where it
+    fails."""
+    _share_openmp()
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++ or clang++)")
+    flags = (*FLAGS, *flags)
+    told = "\n".join(
+        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), _cpu())
+    )
+    name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
+    if not (folder / name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / f".{name}.lock"):
+            if not (folder / name).is_file():
+                log.warning("Compiling calidrop's kernels for this CPU (once, 10 to 60 s)")
+                _compile(compiler, flags, folder / name)
+    return folder / name
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One of several processes that start at once; all of them where the file system knows no locks."""
+    own = FileLock(lock)
+    try:
+        own.acquire()
+    except NotImplementedError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        own.release()
+
+
+def _compile(compiler: str, flags: tuple[str, ...], to: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".compiling-") as temporary:
+        made = Path(temporary) / to.name
+        # not linked with a runtime of its own: two of them in one process fight for the cores
+        one = functools.partial(_compiled, compiler, ("-c", *flags), Path(temporary))
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(one, sorted(SOURCES.glob("*.cpp"))))
+        command = [compiler, "-shared", *objects, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, to)
+
+
+def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, source: Path) -> str:
+    to = str(folder / f"{source.stem}.o")
+    subprocess.run([compiler, *flags, str(source), "-o", to], check=True, capture_output=True, text=True)
+    return to
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
+
+
+def _share_openmp() -> None:
+    """Let the kernel find the OpenMP runtime that torch runs on. Raises OSError where that is not known."""
+    try:
+        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    except OSError:
+        paths = set()
+    runtimes = sorted(p for p in paths if any(n in Path(p).name for n in ("libgomp", "libiomp", "libomp")))
+    if not runtimes:
+        raise OSError("torch's OpenMP runtime was not found")
+    # torch's own, where another library brought a second one
+    ctypes.CDLL(next((p for p in runtimes if "torch" in p), runtimes[0]), mode=ctypes.RTLD_GLOBAL)
