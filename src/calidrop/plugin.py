@@ -219,8 +219,8 @@ def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:
         return False, None
     if getattr(names.get("generation_config"), "prefill_chunk_size", 0) is None:
         return True, True
-    chunks, at = names.get("input_chunks"), names.get("chunk_idx")
-    return True, None if chunks is None or at is None else at == len(chunks) - 1
+    chunks, at = names.get("input_chunks"), names.get("input_chunk")
+    return True, None if chunks is None or at is None else at is chunks[-1]
 
 
 def called_from(frame: FrameType | None, name: str) -> dict[str, Any] | None:
