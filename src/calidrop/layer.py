@@ -119,7 +119,10 @@ class LayerKV(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         remove = -int(tokens_to_remove)  # some versions pass a 0-d tensor
         if remove < 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {int(tokens_to_remove)}")
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {int(tokens_to_remove)} "
+                "(assisted decoding needs transformers >= 5.17)"
+            )
         if self.record_past and self.state.context is None:
             return  # after a prompt nothing is only in a layer of another process (pipeline parallelism)
         if remove >= max(1, len(self.undo)):
