@@ -144,11 +144,11 @@ def check_holdings(kv: LayerKV, real: Tensor) -> None:
 
 
 def check_heard(decode: Any, weights: Any, qs: Queries, store: Store, limit: float) -> None:
-    """What a kernel's attention leaves of one query is what it said to the tokens, and weights are found from that
-    alone."""
+    """What a kernel's attention leaves of one query is what it said to the tokens, and `weights(qs, lse, t, group)` are
+    found from that alone."""
     parts, heard = store.attend(qs), ops.Heard()
     o, lse = decode(qs, parts, heard)
-    for got, want in zip((o, lse), merge([p.answer(qs) for p in parts]), strict=True):  # leaving them changes nothing
+    for got, want in zip((o, lse), merge([p.answer(qs) for p in parts]), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=limit)
     assert len(heard.found) == len(parts)
     told = store.told(heard)
@@ -160,7 +160,7 @@ def check_heard(decode: Any, weights: Any, qs: Queries, store: Store, limit: flo
         error = (t.logits - s).nan_to_num(0.0, 0.0, 0.0).abs()
         assert error.max() < limit and error.mean() < limit / 10  # of single logits, which no sum evens out
         for group in ("mean", "max"):
-            got = weights(qs, lse, t.logits, group == "max")
+            got = weights(qs, lse, t, group)
             torch.testing.assert_close(got, ops.weights_in_torch(qs, lse, want, group), rtol=2 * limit, atol=1e-6)
 
 

@@ -111,7 +111,7 @@ def _tuned(run: Run, name: str, B: int, N: int, choices: list[tuple[Tile, int]])
     parts = pieces.stored(name, pieces.tokens(B, H, N, D, dtype, run.device)).attend(qs)
 
     def measure(tile: Tile, least: int) -> dict:
-        us = timed(run, lambda: decode(qs, parts, None, least, tile))[0]
+        us = timed(run, lambda: decode(qs, parts, least=least, tile=tile))[0]
         return {"us": us, "gb_s": pieces.held_bytes(parts) / us / 1e3}
 
     for tile, least in choices:

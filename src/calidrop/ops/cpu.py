@@ -284,10 +284,8 @@ def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard | N
     first = part.columns["k16" if part.kind == "tiers" else "k"]
     logits = (0, 0)
     if heard is not None:
-        shape = len(q), part.heads, q.shape[1] // part.heads, part.slots * part.group
-        found = torch.full(shape, float("-inf")) if flat else torch.empty(shape)
-        heard.put(part.columns["v"], found)
-        logits = found.data_ptr(), shape[-1]
+        found = heard.room(part, len(q), q.shape[1] // part.heads)
+        logits = found.data_ptr(), found.shape[-1]
     return _packed(
         {name: _flat(x) if flat else _strided(x) for name, x in part.columns.items()},
         KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate, q.shape[-1],

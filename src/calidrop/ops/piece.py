@@ -23,8 +23,14 @@ class Heard:
     def __init__(self) -> None:
         self.found: dict[int, Tensor] = {}
 
-    def put(self, values: Tensor, logits: Tensor) -> None:
-        self.found[values.data_ptr()] = logits
+    def room(self, p: Piece, rows: int, group: int) -> Tensor:
+        """For what a kernel finds of a piece's tokens. Where heads differ, nobody writes what they do not have."""
+        v = p.columns["v"]
+        logits = torch.empty(rows, p.heads, group, p.slots * p.group, device=v.device)
+        if p.lens is not None:
+            logits.fill_(float("-inf"))
+        self.found[v.data_ptr()] = logits
+        return logits
 
     def of(self, values: Tensor, slots: int) -> Tensor | None:
         """slots: of the longest head, so that a part of what was asked is not taken for the whole."""

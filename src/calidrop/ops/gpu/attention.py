@@ -70,7 +70,7 @@ def decode(
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
     for i in range(0, len(pieces), SLOTS):
-        left = [None if heard is None or T > 1 else _left(p, B, R, heard) for p in pieces[i : i + SLOTS]]
+        left = [None if heard is None or T > 1 else heard.room(p, B, R) for p in pieces[i : i + SLOTS]]
         told, formats = _told(pieces[i : i + SLOTS], left, per[i:], ends[i + 1 :], blocks[i:], D)
         launch(
             _split, (B * H, ends[min(i + SLOTS, len(pieces))] - ends[i]), q, turned, o, lse, ends[-1], ends[i],
@@ -127,16 +127,6 @@ def _stretches(
         per.append(-(-slots // step) * step)  # whole blocks
         ends.append(ends[-1] - (-p.slots // per[-1]))
     return per, ends
-
-
-def _left(p: Piece, rows: int, group: int, heard: Heard) -> Tensor:
-    """Room for the logits of a piece. Where heads differ, nobody writes what they do not have."""
-    v, shape = p.columns["v"], (rows, p.heads, group, p.slots * p.group)
-    found = torch.empty(shape, device=v.device)
-    if p.lens is not None:
-        found.fill_(float("-inf"))
-    heard.put(v, found)
-    return found
 
 
 def _told(
