@@ -37,7 +37,7 @@ ALICE = resources.files("calidrop") / "data" / "alice.txt"  # no default was cho
 @contextmanager
 def kernels(monkeypatch: pytest.MonkeyPatch, wish: str) -> Iterator[None]:
     """Under CALIDROP_KERNEL, whichever kernels were looked for before."""
-    looked_for = (gpu.reason, cpu.kernel)
+    looked_for = (gpu.reason, cpu.kernel, ops._interpreted)
     with monkeypatch.context() as patch:
         patch.setenv("CALIDROP_KERNEL", wish)
         for found in looked_for:

@@ -116,7 +116,7 @@ def test_four_properties(recipe, rows, heads, group):
         layer.update(k, v)
         out = layer.attend(q, mask, D**-0.5, None, None)
         out, q, k, v = (x[:, :, :T] for x in (out, q, k, v))
-        pos = mask.positions(rows, seen, T, k.device)
+        pos, _ = mask.positions(rows, 1, seen, T, k.device)
         qs = Queries(q, pos, D**-0.5)
         sets = [(t.k, t.v, t.pos) for part in before for t in part] + [(k, v, pos[:, None].expand(rows, heads, T))]
         want, _ = merge([attend(qs, *s) for s in sets])
@@ -156,3 +156,27 @@ def check_bytes(layer):
     rope = 8 * 4  # the model's own frequencies, reachable through expected_attention's score
     reported = held_bytes(layer.state) + held_bytes(layer.state, host=True)
     assert sum(found.values()) - reported in (0, rope), (sum(found.values()), reported)
+
+
+def test_positions_are_those_asked_for():
+    """A mask remembers what it said last."""
+    mask = PositionMask(torch.tensor([[False, True, True, True], [True] * 4]), new_pads=True)
+    for seen, new, want in ((0, 2, [[-1, 1], [0, 1]]), (2, 2, [[2, 3], [2, 3]]), (0, 1, [[-1], [0]])):
+        for heads in (1, 3, 3):
+            pos, of_heads = mask.positions(2, heads, seen, new, torch.device("cpu"))
+            assert pos.tolist() == want
+            assert of_heads.tolist() == [[row] * heads for row in want]
+
+
+def test_a_compression_sees_the_query_of_its_own_step():
+    """Of a single query, those of the steps between are not kept."""
+    kv = LayerKV(lambda: parse("tova(budget=6, every=3)").plan(Layer(0, 1, 2, 1, 8, None, HeadGroup())))
+    kv.eager, seen = True, []
+    assert kv.state.store is not None
+    add = kv.state.store.add
+    kv.state.store.add = lambda t, obs: (seen.append(obs.queries.q), add(t, obs))
+    q, k, v = torch.randn(1, 2, 20, 8), torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 8)
+    for at in (slice(0, 8), *(slice(i, i + 1) for i in range(8, 20))):
+        kv.update(k[:, :, at], v[:, :, at])
+        kv.attend(q[:, :, at], PositionMask(), 8**-0.5, None, None)
+    assert torch.equal(torch.cat(seen, 2), q[:, :, [7, 10, 13, 16, 19]])

@@ -93,7 +93,9 @@ class Prompt:
                 step = dataclasses.replace(
                     step, soft=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
                 )
-            s.obs, s.due = step, plan.prompts
+            s.due = plan.prompts
+            if kv.keeps_queries:
+                s.obs = step
             kv.settle()
         return s
 

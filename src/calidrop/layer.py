@@ -164,11 +164,13 @@ class LayerKV(CacheLayerMixin):
         if self.column is not None:
             return self._answer(*at_column(q, k, v, self.column, mask, scale, softcap), sink)
         self.loosen()
-        T = k.shape[2] - self.soft_columns
+        T, soft = k.shape[2] - self.soft_columns, None
         self._check_turn(T)
-        qs, new = asked(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask, self.state.seen, scale, softcap)
+        if self.soft_columns:
+            soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
+            q, k, v = q[:, :, :T], k[:, :, :T], v[:, :, :T]
+        qs, new = asked(q, k, v, mask, self.state.seen, scale, softcap)
         self._expect(new)
-        soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
         self.keep_recording(mask.prompt, mask.assisted)
         prompt = self.prompt_part(T, mask.prompt)
         if self.record_past:
@@ -219,7 +221,7 @@ class LayerKV(CacheLayerMixin):
         elif len(self.state.context) != B:
             raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
 
-    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, soft: QKV) -> Tensor:
+    def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, soft: QKV | None) -> Tensor:
         """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
         would have had there. Forks share their tensors, so keeping them all costs nothing."""
         out, extra = [], []
@@ -259,7 +261,7 @@ class LayerKV(CacheLayerMixin):
         self._saw(qs, lse, heard=heard)
         return o
 
-    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV) -> Tensor:
+    def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV | None) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""
         s, mass = self.state, None
         parts = s.store.attend(qs) if s.store else []
@@ -277,7 +279,7 @@ class LayerKV(CacheLayerMixin):
             s.window.append(new)
         o, lse = with_sink(qs, ops.joined(qs, parts), sink)
         self._prompted(qs, lse, mass)
-        return torch.cat([o, self._behind(qs, soft, sink)], 2) if self.soft_columns else o
+        return o if soft is None else torch.cat([o, self._behind(qs, soft, sink)], 2)
 
     def _prompted(self, qs: Queries, lse: Tensor, mass: Tensor | None) -> None:
         """Count what a prompt brought; its tokens are in the window already. mass: `Observation.mass`."""
@@ -324,9 +326,16 @@ class LayerKV(CacheLayerMixin):
                 t = s.window.tokens()
                 t.logits = None if heard is None else heard.of(t.v, len(t))
                 s.window.stats = {**s.window.stats, **score.stats(t, step)}
-            if s.due or self.plan.every:  # otherwise nothing will ask before the next prompt
+            if self.keeps_queries:
                 width = self.plan.observe
                 s.obs = s.obs.then(step, width) if s.obs is not None else step.last(width).copied()
+
+    @property
+    def keeps_queries(self) -> bool:
+        """Whether a compression may ask for those of this step. Where it asks for one, it is that of its own step
+        (recorded steps are all alike, so they keep theirs always)."""
+        every, width = self.plan.every, self.plan.observe
+        return self.state.due or (bool(every) and (width > 1 or self.state.age == every or self.column is not None))
 
     def _trim(self, slack: int | None = None) -> None:
         """A bounded layer forgets what no later query can see; while decoding, only now and then (each cut copies)."""

@@ -84,6 +84,7 @@ class PositionMask:
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
         self.prompt, self.ends, self.assisted, self.window = prompt, ends, assisted, window
+        self._known: tuple[Any, Tensor, Tensor] | None = None  # what `positions` said last: most layers ask the same
 
     def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
         """accelerate moves the inputs of every layer to its device."""
@@ -92,12 +93,15 @@ class PositionMask:
         moved.pads = pads
         return moved
 
-    def positions(self, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
-        """int32 [B,T]: columns of the new tokens, -1 for pads."""
-        pos = torch.arange(seen, seen + new, dtype=torch.int32, device=device).expand(batch, new)
-        if self.pads is None or not self.new_pads:
-            return pos
-        return pos.masked_fill(~self.pads[:, seen : seen + new].to(device), -1)
+    def positions(self, batch: int, heads: int, seen: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """int32 [B,T] and [B,heads,T]: columns of the new tokens, -1 for pads."""
+        asked = batch, heads, seen, new, device
+        if self._known is None or self._known[0] != asked:
+            pos = torch.arange(seen, seen + new, dtype=torch.int32, device=device).expand(batch, new)
+            if self.pads is not None and self.new_pads:
+                pos = pos.masked_fill(~self.pads[:, seen : seen + new].to(device), -1)
+            self._known = asked, pos, pos[:, None].expand(batch, heads, new)
+        return self._known[1:]
 
     def columns(self, query: Tensor, heads: int, n: int) -> tuple[Tensor, Tensor]:
         """Positions of the queries [B,T] and keys [B,heads,n] of a cache that holds the last n columns."""
@@ -114,8 +118,8 @@ def asked(
 ) -> tuple[oracle.Queries, Tokens]:
     """What one call of the attention function brings, behind `seen` columns. q: [B,Hq,T,D], k and v: [B,H,T,D]."""
     B, H, T, _ = k.shape
-    pos = mask.positions(B, seen, T, k.device)
-    new = Tokens(k, v, pos[:, None].expand(B, H, T), dense=not mask.new_pads)
+    pos, of_heads = mask.positions(B, H, seen, T, k.device)
+    new = Tokens(k, v, of_heads, dense=not mask.new_pads)
     return oracle.Queries(q, pos, scale, softcap, mask.visible, mask.window), new
 
 

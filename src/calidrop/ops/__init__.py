@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -191,7 +192,12 @@ def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
 
 
 def _triton(device: torch.device) -> bool:
-    return device.type != "cpu" or gpu.runs(device)
+    return device.type != "cpu" or _interpreted()
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return gpu.runs(torch.device("cpu"))
 
 
 def _merged(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:

@@ -105,9 +105,9 @@ class SparseLayer(CacheLayerMixin):
         B, H, N, _ = k.shape
         if self.prompt > N:
             raise ValueError(f"a sparse pass takes the prompt and what follows at once: {self.prompt} columns, got {N}")
-        pos = mask.positions(B, 0, N, k.device)
+        pos, of_heads = mask.positions(B, H, 0, N, k.device)
         qs = oracle.Queries(q, pos, scale, softcap, mask.visible)
-        seen = oracle.visible(qs, pos[:, None].expand(B, H, N))
+        seen = oracle.visible(qs, of_heads)
         if self.reach is None:
             if self.live is None:
                 self.live = self._replayed(q, k, v, mask, scale, softcap, sink)
@@ -118,7 +118,7 @@ class SparseLayer(CacheLayerMixin):
             k, v, seen = (x.repeat_interleave(group, 1) for x in (k, v, seen))
             return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
         both = oracle.Queries(q, pos, scale, softcap, lambda *_: seen)
-        o, lse = oracle.attend(both, k, v, pos[:, None].expand(B, H, N))
+        o, lse = oracle.attend(both, k, v, of_heads)
         if sink is not None:
             o = o * torch.sigmoid(lse - sink.float()[:, None])[..., None]
         return o.to(q.dtype)
