@@ -332,8 +332,8 @@ class LayerKV(CacheLayerMixin):
 
     @property
     def keeps_queries(self) -> bool:
-        """Whether a compression may ask for those of this step. Where it asks for one, it is that of its own step
-        (recorded steps are all alike, so they keep theirs always)."""
+        """Whether a compression may ask for the queries of this step. One that asks for a single query asks for that of
+        its own step (recorded steps are all alike, so they keep theirs always)."""
         every, width = self.plan.every, self.plan.observe
         return self.state.due or (bool(every) and (width > 1 or self.state.age == every or self.column is not None))
 
