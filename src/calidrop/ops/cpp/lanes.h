@@ -147,7 +147,7 @@ template <class To, class X> ALWAYS To one_by_one(X x) {
 
 ALWAYS Lanes<16>::I widened(Lanes<16>::B x) {
 #if defined(__AVX512F__)
-  return __builtin_convertvector(x, Lanes<16>::I);
+  return (Lanes<16>::I)_mm512_cvtepu8_epi32((__m128i)x);
 #elif defined(__AVX2__)
   const __m128i y = (__m128i)x;
   return {(Lanes<8>::I)_mm256_cvtepu8_epi32(y), (Lanes<8>::I)_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(y, y))};
@@ -173,7 +173,7 @@ ALWAYS Lanes<8>::I widened(Lanes<8>::B x) {
 
 ALWAYS Lanes<16>::U widened(Lanes<16>::H x) {
 #if defined(__AVX512F__)
-  return __builtin_convertvector(x, Lanes<16>::U);
+  return (Lanes<16>::U)_mm512_cvtepu16_epi32((__m256i)x);
 #elif defined(__AVX2__)
   const __m256i y = (__m256i)x;
   return {(Lanes<8>::U)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(y)),

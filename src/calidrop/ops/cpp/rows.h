@@ -45,12 +45,12 @@ template <int N> struct Codes : Every {
 
 // vectors of a row whose products are written out: where registers are few, compilers would then keep sums in memory
 constexpr int UNROLLED = REGISTER == 64 ? 8 : 1;
-// tokens that are weighed before the next part of their rows is: where parts are short, few, so that memory is read in order
-constexpr int TOGETHER = REGISTER == 64 ? SCORES : 16;
-// Memory is asked for before it is worked on, and in the order in which it lies, which is not that of the work: with narrow
-// registers that reads a third faster (AVX2). Wide ones see whole lines, and ask for each where its token is worked on; so
-// do codes, which are bound by what converts them.
-template <class F> constexpr bool IN_ORDER = REGISTER < 64 && F::BITS >= 16;
+// tokens that are weighed before the next part of their rows is: few, so that memory is read in order
+constexpr int TOGETHER = 16;
+// Memory is asked for before it is worked on, and in the order in which it lies, which is not that of the work: that reads
+// a third faster (AVX2, AVX-512). Codes that narrow registers convert are bound by that, and ask for each token where its row
+// is worked on.
+template <class F> constexpr bool IN_ORDER = REGISTER == 64 || F::BITS >= 16;
 template <class F> constexpr int AHEAD = IN_ORDER<F> ? 32 : 16;  // tokens, from those that are worked on
 
 // asks for the line in which vector i of a row begins, once for all vectors of the line
@@ -72,6 +72,7 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
 #pragma GCC unroll 4
       for (int j = 0; j < TOKENS; ++j) {
         x[j] = F::at(row[j], i, NV);
+        if constexpr (REGISTER == 64) in_register(x[j]);
         const int next = TOKENS * i + j;
         if constexpr (IN_ORDER<F>)
           ask_ahead<F>(row[0] + (AHEAD<F> + next / NV) * step, next % NV);

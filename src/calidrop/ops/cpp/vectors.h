@@ -21,6 +21,8 @@ constexpr float NONE = -INFINITY;
 ALWAYS void in_register([[maybe_unused]] V& x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   asm("" : "+x"(x.a), "+x"(x.b));
+#elif defined(__AVX512F__)
+  asm("" : "+v"(x));
 #endif
 }
 

@@ -74,7 +74,16 @@ template <bool REPEATED> struct Words {
   }
 };
 
-constexpr int AHEAD = 64;  // rows between those that are worked on and those that memory is asked for
+// asks for memory that the rows behind this one will need
+ALWAYS void ask_behind(const char* row, [[maybe_unused]] int64_t step) {
+#ifdef CALIDROP_VNNI
+  // what is near for the first cache, to which only so much can be on its way, and what is far for the second: with the near
+  // alone int8 reads a quarter slower
+  __builtin_prefetch(row + 8192, 0, 3), __builtin_prefetch(row + 32768, 0, 2);
+#else
+  __builtin_prefetch(row + 64 * step);
+#endif
+}
 
 // the v-th code of every word
 template <int BITS> inline Int planes(Int x, int v) {
@@ -180,7 +189,7 @@ __attribute__((noinline)) void rows_of(const char* p, int64_t step, int n, const
   const int64_t pairs = n / 2;
   for (int64_t i = 0; i < pairs; ++i, p += 2 * step) {
     if constexpr (U == 0 && V0 == 0)
-      for (int j = 0; j < 2; ++j) _mm_prefetch(p + (AHEAD + j) * step, _MM_HINT_T0);
+      for (int j = 0; j < 2; ++j) ask_behind(p + j * step, step);
     two(C::load(p), C::load(p + step), i);
   }
   if (n % 2) two(C::load(p), zero(), pairs);
@@ -275,7 +284,7 @@ __attribute__((noinline)) void dots_of(const char* k, int64_t step, int n, const
 #pragma GCC unroll 16
     for (int i = 0; i < 16 * J; i += 64)
 #pragma GCC unroll 4
-      for (int j = 0; j < ROWS_AT_ONCE; ++j) _mm_prefetch(k + (AHEAD + j) * step + i, _MM_HINT_T0);
+      for (int j = 0; j < ROWS_AT_ONCE; ++j) ask_behind(k + j * step + i, step);
 #pragma GCC unroll 4
     for (int r = 0; r < RT; ++r) asm("" : "+r"(mine[r]));  // or compilers find all addresses before the loop, and store them
     Int sum[RT][CHAINS], x[4];
