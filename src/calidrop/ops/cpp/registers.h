@@ -28,6 +28,7 @@ using Int = __m512i;
 constexpr int SUMS = 16;   // that registers hold beside what they are made of
 constexpr int CHAINS = 2;  // sums that products go to in turn, as one waits for the other
 constexpr int PIECES = 4;  // sixteen bytes of a row that are loaded at once
+constexpr int GROUPS = 2;  // of ROWS_AT_ONCE rows that share a load of what they are multiplied with
 
 inline Int zero() { return _mm512_setzero_si512(); }
 inline Int all16(int16_t x) { return _mm512_set1_epi16(x); }
@@ -44,6 +45,7 @@ inline Int high(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
 // load what should stay in memory.
 inline void add(Int& sum, Int a, Int b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 inline void add(Int& sum, Int a, const Line& b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "m"(b)); }
+inline void begin(Int& sum, Int a, Int b) { asm("vpmaddwd %2, %1, %0" : "=v"(sum) : "v"(a), "v"(b)); }
 inline void begin(Int& sum, Int a, const Line& b) { asm("vpmaddwd %2, %1, %0" : "=v"(sum) : "v"(a), "m"(b)); }
 
 // W bytes, as often as they fill a register
@@ -86,18 +88,32 @@ inline void give(float* to, Int sum, float by, float more) {
   _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by), y));
 }
 
-// to[r * apart + j] becomes the sum of four lanes of x[r], those of row j, times by + more
-template <int R> inline void give_rows(const Int* x, const float* by, const float* more, float* to, int apart) {
+// sums of four lanes of x[r], those of row j in lane 4 * j + r, times by + more
+inline __m512 row_sums(const Int* x, const float* by, const float* more) {
   const Int a = plus(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
   const Int b = plus(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
   const Int each = plus(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(each), _mm512_load_ps(by), _mm512_load_ps(more));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(each), _mm512_load_ps(by), _mm512_load_ps(more));
+}
+
+// to[r * apart + j] becomes the sum of four lanes of x[j / 4][r], those of row j % 4, times by + more
+template <int R> inline void give_rows(const Int (&x)[1][4], const float* by, const float* more, float* to, int apart) {
   const Int turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512 all = _mm512_permutexvar_ps(turn, y);
+  const __m512 all = _mm512_permutexvar_ps(turn, row_sums(x[0], by, more));
   _mm_storeu_ps(to, _mm512_castps512_ps128(all));
   if constexpr (R > 1) _mm_storeu_ps(to + apart, _mm512_extractf32x4_ps(all, 1));
   if constexpr (R > 2) _mm_storeu_ps(to + 2 * apart, _mm512_extractf32x4_ps(all, 2));
   if constexpr (R > 3) _mm_storeu_ps(to + 3 * apart, _mm512_extractf32x4_ps(all, 3));
+}
+template <int R> inline void give_rows(const Int (&x)[2][4], const float* by, const float* more, float* to, int apart) {
+  const __m512 a = row_sums(x[0], by, more), b = row_sums(x[1], by, more);
+  const auto two = [&](Int turn, float* at, bool both) {
+    const __m512 rows = _mm512_permutex2var_ps(a, turn, b);
+    _mm256_storeu_ps(at, _mm512_castps512_ps256(rows));
+    if (both) _mm256_storeu_ps(at + apart, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(rows), 1)));
+  };
+  two(_mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29), to, R > 1);
+  if constexpr (R > 2) two(_mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31), to + 2 * apart, R > 3);
 }
 
 // numbers without their sign, in bits
@@ -119,7 +135,7 @@ template <bool REPEATED> inline V put(char*& line, V x) {
 }
 #else
 using Int = __m256i;
-constexpr int SUMS = 8, CHAINS = 1, PIECES = 1;
+constexpr int SUMS = 8, CHAINS = 1, PIECES = 1, GROUPS = 1;
 
 inline Int zero() { return _mm256_setzero_si256(); }
 inline Int all16(int16_t x) { return _mm256_set1_epi16(x); }
@@ -159,8 +175,8 @@ inline void give(float* to, Int sum, float by, float more) {
   _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(by), y));
 }
 
-template <int R> inline void give_rows(const Int* x, const float* by, const float* more, float* to, int apart) {
-  const Int each = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+template <int R> inline void give_rows(const Int (&x)[1][4], const float* by, const float* more, float* to, int apart) {
+  const Int each = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0][0], x[0][1]), _mm256_hadd_epi32(x[0][2], x[0][3]));
   const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(each), _mm256_load_ps(by), _mm256_load_ps(more));
   const __m128 a = _mm256_castps256_ps128(y), b = _mm256_extractf128_ps(y, 1);
   const auto at = [&](int r) { return reinterpret_cast<__m64*>(to + r * apart); };

@@ -243,28 +243,44 @@ inline void take32(const float* from, const int* place, float* to) {
 }
 #endif
 
-// products of ROWS_AT_ONCE tokens, from the I-th sixteen bytes of their rows on, added to sums of RT queries
-template <int BITS, int J, int RT, int I = 0>
-inline __attribute__((always_inline)) void multiply(const char* k, int64_t step, const Line* const* q, Int (*sum)[CHAINS]) {
+// what products with one register take from memory, and those with several from a register
+template <int G> struct Operand {
+  const Line& of;
+  explicit Operand(const Line& x) : of(x) {}
+};
+template <> struct Operand<2> {
+  Int of;
+  explicit Operand(const Line& x) : of(reinterpret_cast<const Int&>(x)) {}
+};
+
+// products of ROWS_AT_ONCE tokens and of as many behind them, G times, from the I-th sixteen bytes of their rows on, added to
+// sums of RT queries
+template <int BITS, int J, int RT, int G, int I = 0>
+inline __attribute__((always_inline)) void multiply(const char* k, int64_t step, const Line* const* q, Int (*sum)[RT][CHAINS]) {
   if constexpr (I < J) {
     constexpr int LEFT = J - I < PIECES ? J - I : PIECES, N = LEFT >= 4 ? 4 : LEFT >= 2 ? 2 : 1, PER = 16 / BITS;
-    Int x[N];
-    beside<N>(k + 16 * I, step, x);
+    Int x[G][N];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) beside<N>(k + g * ROWS_AT_ONCE * step + 16 * I, step, x[g]);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j)
 #pragma GCC unroll 8
       for (int v = 0; v < PER; ++v) {
-        const Int codes = planes<BITS>(x[j], v);
+        Int codes[G];
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) codes[g] = planes<BITS>(x[g][j], v);
 #pragma GCC unroll 4
         for (int r = 0; r < RT; ++r) {
-          const Line& mine = q[r][(I + j) * PER + v];
-          if (I + j == 0 && v < CHAINS)
-            begin(sum[r][v % CHAINS], codes, mine);
-          else
-            add(sum[r][v % CHAINS], codes, mine);
+          const Operand<G> mine(q[r][(I + j) * PER + v]);
+#pragma GCC unroll 2
+          for (int g = 0; g < G; ++g)
+            if (I + j == 0 && v < CHAINS)
+              begin(sum[g][r][v % CHAINS], codes[g], mine.of);
+            else
+              add(sum[g][r][v % CHAINS], codes[g], mine.of);
         }
       }
-    multiply<BITS, J, RT, I + N>(k, step, q, sum);
+    multiply<BITS, J, RT, G, I + N>(k, step, q, sum);
   }
 }
 
@@ -280,20 +296,27 @@ __attribute__((noinline)) void dots_of(const char* k, int64_t step, int n, const
   }
   float* to = s + r0 * SCORES;
   int t = 0;
-  for (; t + ROWS_AT_ONCE <= n; t += ROWS_AT_ONCE, k += ROWS_AT_ONCE * step) {
+  const auto next = [&](auto groups) __attribute__((always_inline)) {
+    constexpr int G = groups, MANY = G * ROWS_AT_ONCE;
+    for (; t + MANY <= n; t += MANY, k += MANY * step) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16 * J; i += 64)
+      for (int i = 0; i < 16 * J; i += 64)
+#pragma GCC unroll 8
+        for (int j = 0; j < MANY; ++j) ask_behind(k + j * step + i, step);
 #pragma GCC unroll 4
-      for (int j = 0; j < ROWS_AT_ONCE; ++j) ask_behind(k + j * step + i, step);
+      for (int r = 0; r < RT; ++r) asm("" : "+r"(mine[r]));  // or compilers find all addresses before the loop, and store them
+      Int sum[G][RT][CHAINS], x[G][4];
+      multiply<BITS, J, RT, G>(k, step, mine, sum);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g)
 #pragma GCC unroll 4
-    for (int r = 0; r < RT; ++r) asm("" : "+r"(mine[r]));  // or compilers find all addresses before the loop, and store them
-    Int sum[RT][CHAINS], x[4];
-    multiply<BITS, J, RT>(k, step, mine, sum);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r)
-      x[r] = r >= RT ? zero() : CHAINS == 2 ? plus(sum[r % RT][0], sum[r % RT][CHAINS - 1]) : sum[r % RT][0];
-    give_rows<RT>(x, by, more, to + t, SCORES);
-  }
+        for (int r = 0; r < 4; ++r)
+          x[g][r] = r >= RT ? zero() : CHAINS == 2 ? plus(sum[g][r % RT][0], sum[g][r % RT][CHAINS - 1]) : sum[g][r % RT][0];
+      give_rows<RT>(x, by, more, to + t, SCORES);
+    }
+  };
+  if constexpr (GROUPS > 1) next(std::integral_constant<int, GROUPS>{});
+  next(std::integral_constant<int, 1>{});
   if (t == n) return;
   alignas(64) char left[ROWS_AT_ONCE][16 * J] = {};  // which divides SCORES, so there is room for their products
   for (int i = 0; i < n - t; ++i) std::memcpy(left[i], k + i * step, 16 * J);
