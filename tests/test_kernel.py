@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from calidrop import ops
 from calidrop.attention import Queries, attend, logits, merge
 from calidrop.methods._predictor import Predictor
+from calidrop.methods.calidrop import Calibrated
 from calidrop.observe import Observation
 from calidrop.ops import alike, build, cpu
-from calidrop.state import Ragged
+from calidrop.parallel import HeadGroup
+from calidrop.state import Ragged, tensors
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
 from helpers import check_heard, check_steps_heard, live, random_qkv, run
@@ -31,6 +33,7 @@ ONLY_VNNI = pytest.mark.skipif("avx512_vnni" not in CPUINFO, reason="what AMX re
 ONLY_AMX = pytest.mark.skipif("amx_int8" not in CPUINFO, reason="native is the same without AMX")
 ONLY_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
 compiled = functools.cache(lambda flags: cpu.Kernel(*flags))
+IN_KERNEL = Calibrated._in_kernel
 
 
 def queries(B: int, Hq: int, T: int, D: int, softcap: float | None = None) -> Queries:
@@ -484,3 +487,51 @@ def test_the_network_of_attention_predictor(flags, N, C, newest, monkeypatch):
             net.edge(x, real, newest), net._some(x, real, (0, 1) if newest else (1, 0)), atol=1e-6, rtol=1e-5
         )
     assert not cpu.runs_networks(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("apply", [0.5, 0.85])
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("G", "D", "Dv", "dtype"), [(3, 64, 64, torch.float32), (1, 24, 80, torch.bfloat16)])
+def test_what_heads_remember(flags, order, apply, G, D, Dv, dtype, monkeypatch):
+    """Steps of CaliDrop in one call: lists of several lengths in two segments, one of nothing, queries near and far."""
+    use(flags, monkeypatch)
+    B, H = 3, 2
+
+    def told(q):
+        context = torch.full((B,), 500)
+        return Observation(Queries(q, context[:, None], D**-0.5), torch.zeros(B, H * G, 1), context, context * 0)
+
+    def some(N, lens):
+        pos = torch.arange(N, dtype=torch.int32).expand(B, H, N).masked_fill(torch.arange(N) >= lens[..., None], -1)
+        return Tokens(torch.randn(B, H, N, D).to(dtype), torch.randn(B, H, N, Dv).to(dtype), pos)
+
+    first = torch.tensor([[300, 1], [0, 17], [299, 211]])
+    near = torch.randn(B, H * G, 1, D).to(dtype)
+    for heads in ([first, first // 20], [first * 0 + 300], []):
+        store = Calibrated(order, 0.5, apply, "head", bool(heads), 0, HeadGroup())
+        for lens in heads or [first]:
+            store.add(some(int(lens.max()), lens), told(near))
+        assert store.log is None or len(store.log.segments) == len(heads)
+        asked, silent = 0, False
+        for i in range(4):
+            drift = torch.randn(B, H * G, 1, D) * torch.tensor([0.0, 0.5, 2.0])[:, None, None, None]
+            qs = Queries((near + i * drift).to(dtype), torch.full((B, 1), 600), D**-0.5)
+            other, before = store.fork(), (store.q, *vars(store.answer).values())
+            kept = [x.clone() for x in before]
+            assert store._in_kernel(qs)
+            ((o, lse),) = store.attend(qs)
+            assert all(torch.equal(x, y) for x, y in zip(before, kept, strict=True))  # forks hold the same
+            monkeypatch.setattr(Calibrated, "_in_kernel", lambda self, qs: False)
+            ((want, total),) = other.attend(qs)
+            monkeypatch.setattr(Calibrated, "_in_kernel", IN_KERNEL)
+            torch.testing.assert_close(lse, total, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(o, want, atol=2e-5, rtol=1e-4)
+            for x, y in zip(tensors(store), tensors(other), strict=True):
+                torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
+            assert store.recomputed() == other.recomputed()
+            asked += store.recomputed()[0]
+            silent |= bool(lse.isinf().any())
+            assert not lse.isinf().all()
+        assert (asked > 0) == bool(heads)
+        assert silent or (apply == 0.5 and heads)

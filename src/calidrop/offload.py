@@ -109,13 +109,17 @@ class HostLog(Host):
             for start in range(0, longest, step):
                 yield self._read(s, pairs, start, min(start + step, longest))
 
+    def flat(self, *names: str) -> list[tuple[Tensor, ...]]:
+        """Everything where it lies: of each segment the columns [slots,...], one (row, head) behind the other, and how
+        many slots each has, int64 [B,H]."""
+        return [(*(s.data[n].flatten(0, 2) if s.uniform else s.data[n] for n in names), s.lens) for s in self.segments]
+
     def lists(self, pairs: Tensor, *names: str) -> list[tuple[Tensor, ...]]:
         """The lists of some (row, head) pairs (int64 [P], on the host) where they lie: of each segment the columns
         [slots,...], and where each list begins and how many slots it has, int64 [P]."""
         found = []
-        for s in self.segments:
-            columns = (s.data[n].flatten(0, 2) if s.uniform else s.data[n] for n in names)
-            found.append((*columns, _starts(s).flatten()[pairs], s.lens.flatten()[pairs]))
+        for s, (*columns, lens) in zip(self.segments, self.flat(*names), strict=True):
+            found.append((*columns, _starts(s).flatten()[pairs], lens.flatten()[pairs]))
         return found
 
     def _read(self, s: Ragged, pairs: Tensor, start: int, stop: int) -> Chunk:

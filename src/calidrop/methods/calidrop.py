@@ -128,37 +128,73 @@ class Calibrated(Store):
         summarised = self.log is None and self.summary is not None
         exact = len(qs) > 1 and self.log is not None
         # whatever this process holds: the others may be waiting for its cosines
-        near = None if summarised or exact else self._similarity(qs)
+        near = None if summarised or exact or self._in_kernel(qs) else self._similarity(qs)
         if self.value_dim == 0:
             return []
         if self.summary is not None and summarised:
             return [self.summary.piece()]
         if self.log is not None and exact:
             return [merge([ops.attend(qs, _tokens(chunk)) for chunk in self.log.chunks()])]
-        assert near is not None and self.q is not None and self.answer is not None
-        if self.log is not None:
-            remembers = self.answer.lse > float("-inf")
-            asked = (near < self.recompute)[..., 0] & remembers
-            applied = near >= self.apply
-            if self.late_heads:
-                asked = self._furthest(near[..., 0], asked)
-                self.wanted, self.asking = asked, Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
-            elif bool(asked.any()):
-                self._refresh(qs, asked)
-                applied = applied | asked[..., None]
-            n = torch.stack([asked.sum(1), remembers.sum(1)], 1)
-            self.counted = n if self.counted is None else self.counted + n
+        assert self.q is not None and self.answer is not None
+        if near is None:
+            lse, applied = self._step(qs)
         else:
-            applied = near >= self.apply
+            applied = self._apply(qs, near)
+            lse = self._moved(qs).masked_fill(~applied, float("-inf"))
+        parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*applied.shape, -1), lse)]
+        if self.summary is not None:
+            o, lse = ops.joined(qs, [self.summary.piece()])
+            parts.append((o, lse.masked_fill(applied, float("-inf"))))
+        return parts
+
+    def _apply(self, qs: Queries, near: Tensor) -> Tensor:
+        """Whose remembered answer is used, bool [B,Hq,T]; those that ask again have a new one."""
+        assert self.answer is not None
+        applied = near >= self.apply
+        if self.log is None:
+            return applied
+        remembers = self.answer.lse > float("-inf")
+        asked = (near < self.recompute)[..., 0] & remembers
+        if self.late_heads:
+            asked = self._furthest(near[..., 0], asked)
+            self.wanted, self.asking = asked, Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
+        elif bool(asked.any()):
+            self._refresh(qs, asked)
+            applied = applied | asked[..., None]
+        self._count(torch.stack([asked.sum(1), remembers.sum(1)], 1))
+        return applied
+
+    def _moved(self, qs: Queries) -> Tensor:
+        """[B,Hq,T], the lse of what is remembered for these queries."""
+        assert self.q is not None and self.answer is not None
         lse = self.answer.lse[..., None]
         if self.order == 1:
             drift = (qs.q.float() - self.q[:, :, None]) @ self.answer.mean_k[..., None]  # 0 where just refreshed
             lse = lse + qs.scale * drift[..., 0]
-        parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*near.shape, -1), _where(applied, lse))]
-        if self.summary is not None:
-            o, lse = ops.joined(qs, [self.summary.piece()])
-            parts.append((o, _where(~applied, lse)))
-        return parts
+        return lse
+
+    def _count(self, n: Tensor) -> None:
+        self.counted = n if self.counted is None else self.counted + n
+
+    def _in_kernel(self, qs: Queries) -> bool:
+        """Whether `_step` can answer these queries."""
+        alone = len(qs) == 1 and self.decide == "head" and not self.late_heads and qs.softcap is None
+        if not alone or self.q is None or not cpu.remembers(qs.q):
+            return False
+        return self.log is None or all(cpu.recalls(s.data["k"], s.data["v"]) for s in self.log.segments)
+
+    def _step(self, qs: Queries) -> tuple[Tensor, Tensor]:
+        """All of it in one call. -> the lse of what answers and whether it does, [B,Hq,1]."""
+        assert self.q is not None and self.answer is not None
+        old, lists = self.answer, self.log.flat("k", "v") if self.log is not None else []
+        new, lse, applied, counts = cpu.remembered(
+            qs.q[:, :, 0], qs.scale, (self.q, old.o, old.lse, old.mean_k), self.order, self.recompute, self.apply, lists
+        )
+        if new is not None:
+            self.q, self.answer, self.recalled_by = new[0], Answer(*new[1:]), "the host's kernel"
+        if self.log is not None:
+            self._count(counts)
+        return lse[..., None], applied[..., None]
 
     def _similarity(self, qs: Queries) -> Tensor:
         """[B,Hq,T] cosines with the remembered queries. decide="layer": their mean over the heads of the layer, on
@@ -287,10 +323,6 @@ class Calibrated(Store):
 
 def _tokens(chunk: Chunk) -> Tokens:
     return Tokens.from_columns(chunk.data, chunk.valid)
-
-
-def _where(applied: Tensor, lse: Tensor) -> Tensor:
-    return lse.masked_fill(~applied, float("-inf"))
 
 
 @method("CaliDrop, arXiv 2507.19906")

@@ -57,13 +57,16 @@ class Kernel:
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
         self.network, self.weights = library.calidrop_network, library.calidrop_weights
+        self.remember = library.calidrop_remember
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
         self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
         self.weights.argtypes = [ptr, ptr, ptr, *[i64] * 4, i32, i32, ptr, i32]
-        for function in (self.decode, self.columns, self.prompt, self.alike, self.network, self.weights):
+        self.remember.argtypes = [*[ptr] * 5, i64, i64, *[i32] * 3, real, i32, real, real, ptr, i32, *[ptr] * 8, i32]
+        functions = self.decode, self.columns, self.prompt, self.alike, self.network, self.weights, self.remember
+        for function in functions:
             function.restype = None
 
 
@@ -146,6 +149,41 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
         torch.get_num_threads(),
     )  # fmt: skip
     return out, lse, mean
+
+
+Memory = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def remembers(q: Tensor) -> bool:
+    """Whether `remembered` can be asked."""
+    return q.device.type == "cpu" and q.shape[-1] <= HEAD_DIMS[-1] and not kernel().reason
+
+
+def remembered(
+    q: Tensor, scale: float, held: Memory, order: int, recompute: float, apply: float,
+    lists: Sequence[tuple[Tensor, ...]],
+) -> tuple[Memory | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A step of `calidrop`. q [B,Hq,D]; held: what query heads remember, the query [B,Hq,D], o [B,Hq,Dv], lse [B,Hq]
+    and the weighted mean key [B,Hq,D], fp32. lists: of the evicted tokens (none where they are gone) columns k and v
+    [slots,...] that `recalls` allows, one (row, head) behind the other, and how many each has, int64 [B,H].
+    -> what is remembered now (None: what was), the lse of what answers [B,Hq], -inf where nothing does, whether it
+    does, bool [B,Hq], and int64 [B,2]: heads that were asked again, and that could have been."""
+    B, Hq, D = q.shape
+    H, Dv = lists[0][-1].shape[1] if lists else Hq, held[1].shape[-1]
+    q = q.float().contiguous()
+    new = tuple(torch.empty_like(x) for x in held)
+    said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
+    counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
+    told = []
+    for k, v, lens in lists:
+        at = 0, lens.data_ptr(), 0
+        told.append(_packed({"k": _flat(k), "v": _flat(v)}, KINDS["exact"], DTYPES[k.dtype], width=D, at=at))
+    kernel().remember(
+        q.data_ptr(), *(x.data_ptr() for x in held), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
+        _behind(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return (new if asked[0] else None), said, applied, counts  # type: ignore[return-value]
 
 
 def sums(qs: Queries, t: Tokens) -> bool:
