@@ -5,6 +5,7 @@ import torch
 
 from calidrop import ops
 from calidrop.attention import Queries, attend
+from calidrop.ops import cpu
 from calidrop.plugin import within
 from calidrop.tokens import Tokens
 
@@ -58,3 +59,44 @@ def test_what_is_no_sliding_window_is_answered_with_its_mask():
         (o, lse), (want, norm) = ops.prompt(qs, t, 7), attend(qs, k, v, t.pos)
         torch.testing.assert_close(o, want, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("pads", [(0, 0), (0, 3), (70, 11)])
+def test_a_whole_prompt(pads, softcap, kernel, monkeypatch):
+    """By the kernel where it can, else by torch; two rows with left pads, one of them nothing else."""
+    if kernel and cpu.kernel().reason:
+        pytest.skip(cpu.kernel().reason)
+    asked = []
+    inner = cpu.prompt
+    monkeypatch.setattr(cpu, "prompt", lambda qs, t: asked.append(len(qs)) or inner(qs, t))
+    if not kernel:
+        monkeypatch.setattr(cpu, "sums", lambda qs, t: False)
+    B, H, G, N, D = 2, 2, 3, 70, 64
+    k, v, q = *torch.randn(2, B, H, N, D), torch.randn(B, H * G, N, D)
+    pos = torch.arange(N, dtype=torch.int32).expand(B, N).clone()
+    for row, n in enumerate(pads):
+        pos[row, :n] = -1
+    t = Tokens(k, v, pos[:, None].expand(B, H, N), dense=not any(pads))
+    (o, lse), (want, norm) = (
+        ops.prompt(Queries(q, pos, 0.125, softcap), t),
+        attend(Queries(q, pos, 0.125, softcap), k, v, t.pos),
+    )
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
+    assert bool(asked) == kernel
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_gradients_go_through_a_whole_prompt(which):
+    drawn = dict(zip("qkv", torch.randn(3, 1, 2, 20, 64), strict=True))
+    drawn[which].requires_grad_()
+    q, k, v = drawn.values()
+    pos = torch.arange(20)[None]
+    t, qs = Tokens(k, v, pos[:, None].expand(1, 2, 20), dense=True), Queries(q, pos, 0.125)
+    got, want = (
+        torch.autograd.grad(answer[0].square().sum(), drawn[which])[0]
+        for answer in (ops.prompt(qs, t), attend(qs, k, v, t.pos))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
