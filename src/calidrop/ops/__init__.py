@@ -119,8 +119,8 @@ def prompt_with_mass(qs: Queries, t: Tokens) -> tuple[Partial, Tensor | None]:
 
 
 def _in_kernel(qs: Queries, t: Tokens) -> bool:
-    """In fp32 on a CPU, where the attention of torch is no faster. The kernel knows no gradients."""
-    alone = len(qs) > 1 and qs.q.dtype == torch.float32 and cpu.sums(qs, t)
+    """On a CPU, where the attention of torch is no faster. The kernel knows no gradients."""
+    alone = len(qs) > 1 and cpu.sums(qs, t) and cpu.leads(qs.q)
     return alone and not any(x.requires_grad for x in (qs.q, t.k, t.v))
 
 

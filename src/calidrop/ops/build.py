@@ -33,7 +33,7 @@ def built(flags: tuple[str, ...]) -> Path:
         raise OSError("no C++ compiler (g++ or clang++)")
     flags = (*FLAGS, *flags)
     told = "\n".join(
-        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), _cpu())
+        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), features())
     )
     name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
@@ -79,7 +79,8 @@ def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, source: Path)
     return to
 
 
-def _cpu() -> str:
+@functools.cache
+def features() -> str:
     """What -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

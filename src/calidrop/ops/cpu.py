@@ -238,6 +238,13 @@ def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
     return (o, lse), sums
 
 
+def leads(q: Tensor) -> bool:
+    """Whether `prompt` is no slower than torch's attention: in 16 bits not where torch may multiply tiles (AMX), and
+    known on x86 only."""
+    there = build.features().split()
+    return q.dtype == torch.float32 or ("sse2" in there and "amx_tile" not in there)
+
+
 def compares(k: Tensor) -> bool:
     """Whether `last_alike` can be asked."""
     return k.device.type == "cpu" and k.dtype == torch.float32 and k.shape[-1] % 16 == 0 and not kernel().reason
