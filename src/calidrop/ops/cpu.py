@@ -156,7 +156,7 @@ Memory = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def remembers(q: Tensor) -> bool:
     """Whether `remembered` can be asked."""
-    return q.device.type == "cpu" and q.shape[-1] <= HEAD_DIMS[-1] and not kernel().reason
+    return q.device.type == "cpu" and q.shape[-1] <= HEAD_DIMS[-1] and not q.requires_grad and not kernel().reason
 
 
 def remembered(
@@ -170,8 +170,8 @@ def remembered(
     does, bool [B,Hq], and int64 [B,2]: heads that were asked again, and that could have been."""
     B, Hq, D = q.shape
     H, Dv = lists[0][-1].shape[1] if lists else Hq, held[1].shape[-1]
-    q = q.float().contiguous()
-    new = tuple(torch.empty_like(x) for x in held)
+    q, *old = (x.float().contiguous() for x in (q, *held))
+    new = tuple(torch.empty_like(x) for x in old)
     said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
     counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
     told = []
@@ -179,7 +179,7 @@ def remembered(
         at = 0, lens.data_ptr(), 0
         told.append(_packed({"k": _flat(k), "v": _flat(v)}, KINDS["exact"], DTYPES[k.dtype], width=D, at=at))
     kernel().remember(
-        q.data_ptr(), *(x.data_ptr() for x in held), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
+        q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
         _behind(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
         torch.get_num_threads(),
     )  # fmt: skip
