@@ -51,7 +51,7 @@ def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
     """A block of new queries over itself; t are the tokens of the same columns, perhaps with older ones in front.
 
     reach: how far back a query can see at all, when that is bounded (sliding window): saves the work beyond it."""
-    if _in_kernel(qs, t):
+    if _in_kernel(qs, t) and cpu.leads(qs.q, len(t)):
         return cpu.prompt(qs, t)[0]
     T, N = len(qs), len(t)
     known = qs.softcap is None and (qs.visible is None or qs.window is not None)
@@ -114,14 +114,15 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial | N
 
 
 def prompt_with_mass(qs: Queries, t: Tokens) -> tuple[Partial, Tensor | None]:
-    """`prompt`, and its queries' `mass` where a kernel says both in the time of one."""
-    return cpu.prompt(qs, t) if _in_kernel(qs, t) else (prompt(qs, t), None)
+    """`prompt`, and its queries' `mass` where a kernel says both in less than the time of both."""
+    if _in_kernel(qs, t) and (qs.q.dtype == torch.float32 or cpu.leads(qs.q, len(t))):
+        return cpu.prompt(qs, t)
+    return prompt(qs, t), None
 
 
 def _in_kernel(qs: Queries, t: Tokens) -> bool:
-    """On a CPU, where the attention of torch is no faster. The kernel knows no gradients."""
-    alone = len(qs) > 1 and cpu.sums(qs, t) and cpu.leads(qs.q)
-    return alone and not any(x.requires_grad for x in (qs.q, t.k, t.v))
+    """Whether the kernel for CPUs can attend a prompt. It knows no gradients."""
+    return len(qs) > 1 and cpu.sums(qs, t) and not any(x.requires_grad for x in (qs.q, t.k, t.v))
 
 
 def _left_pads(pos: Tensor) -> list[int]:

@@ -238,11 +238,13 @@ def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
     return (o, lse), sums
 
 
-def leads(q: Tensor) -> bool:
-    """Whether `prompt` is no slower than torch's attention: in 16 bits not where torch may multiply tiles (AMX), and
-    known on x86 only."""
-    there = build.features().split()
-    return q.dtype == torch.float32 or ("sse2" in there and "amx_tile" not in there)
+def leads(q: Tensor, tokens: int) -> bool:
+    """Whether `prompt` is no slower than torch's attention, as far as that was measured: on x86, up to a number of
+    tokens whose scores fit the caches."""
+    there = set(build.features().split())
+    if {"sse4a", "avx512f"} <= there:  # of AMD: torch's library makes no use of AVX-512 there
+        return tokens <= 16384
+    return "avx2" in there and tokens <= 4096 and q.dtype == torch.float32
 
 
 def compares(k: Tensor) -> bool:
