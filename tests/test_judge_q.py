@@ -457,16 +457,13 @@ def test_no_trace_in_the_real_model(smollm2):
     ours, other = generate(model, inputs, calidrop.KVCache(model, "judge_q(budget=1000)"), new=8)
     assert worst(logits, other) < 2e-3
     assert torch.equal(tokens, ours)
-    caches = [calidrop.KVCache(model, "judge_q(budget=64)") for _ in range(2)]
+    # at a budget of 64 two tokens of next to equal scores change places where a processor rounds in another order
+    caches = [calidrop.KVCache(model, "judge_q(budget=80)") for _ in range(2)]
     chunks = generate(model, inputs, caches[0], new=8, prefill_chunk_size=100)
     whole = generate(model, inputs, caches[1], new=8)
     assert torch.equal(chunks[0], whole[0])
-    kept = [[set(head) for layer in c.layers for row in positions(layer) for head in row] for c in caches]
-    # two tokens of next to equal scores change places where products are rounded in another order (one pair does so on
-    # some processors, with torch's attention and with the kernel)
-    swapped = sum(len(a - b) for a, b in zip(*kept, strict=True))
-    assert swapped <= 2
-    assert worst(chunks[1], whole[1]) < (2e-3 if swapped == 0 else 1e-2)
+    assert worst(chunks[1], whole[1]) < 2e-3
+    assert [positions(x) for x in caches[0].layers] == [positions(x) for x in caches[1].layers]
 
 
 @pytest.mark.slow

@@ -35,9 +35,8 @@ struct Lists {
       int64_t start = 0;
       size_t next = 0;
       for (int64_t pair = 0; pair < all; ++pair) {
-        const int64_t n = x.lens ? x.lens[pair] : x.slots;
-        if (next < pairs.size() && pairs[next] == pair) starts[i].push_back(start), lens[i].push_back(n), ++next;
-        start += n;
+        if (next < pairs.size() && pairs[next] == pair) starts[i].push_back(start), lens[i].push_back(x.lens[pair]), ++next;
+        start += x.lens[pair];
       }
       pieces[i].lens = lens[i].data(), pieces[i].starts = starts[i].data();
     }
@@ -47,8 +46,8 @@ struct Lists {
 }  // namespace
 
 // q [B,H,G,D], one query per head; q0, lse0 [B,H,G], o0 [B,H,G,Dv], mean0 [B,H,G,D]: what is remembered. Heads that remember
-// something and whose cosine is below `recompute` are asked again, of the evicted tokens in `pieces` (exact, flat; none
-// where they are gone): *asked says how many, and if any did q1 to mean1 become what is remembered from now on. said
+// something and whose cosine is below `recompute` are asked again, of the evicted tokens in `pieces` (exact, with `lens`;
+// none where they are gone): *asked says how many, and if any did q1 to mean1 become what is remembered from now on. said
 // [B,H,G]: the lse of what answers now, moved along its slope (order 1), -inf below `apply`; applied [B,H,G]: whether it does.
 // counts [B,2]: heads that were asked again, and that could have been.
 extern "C" void calidrop_remember(const float* q, const float* q0, const float* o0, const float* lse0, const float* mean0,

@@ -72,7 +72,7 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
 #pragma GCC unroll 4
       for (int j = 0; j < TOKENS; ++j) {
         x[j] = F::at(row[j], i, NV);
-        if constexpr (REGISTER == 64) in_register(x[j]);
+        if constexpr (REGISTER == 64) in_register(x[j]);  // of narrow ones there are too few
         const int next = TOKENS * i + j;
         if constexpr (IN_ORDER<F>)
           ask_ahead<F>(row[0] + (AHEAD<F> + next / NV) * step, next % NV);
