@@ -1,7 +1,7 @@
 """Decoding end to end: time per step and bytes held, beside transformers' own caches in the same run.
 
 python -m benchmarks.decode [--contexts 2048,4096,8192] [--batches 1,4] [--recipe R ...] [--json OUT] [--plot PNG]
-                            [--compiled] [--kvpress PYTHON] [--openvino PYTHON]
+                            [--dtype D] [--compiled] [--kvpress PYTHON] [--openvino PYTHON]
 
 A page of The Time Machine is run once per context and fills every cache; more rows are copies of the first. Then all
 caches take a few steps in turn, in rounds, so that other work on the machine slows all alike. "times" is the step of
@@ -187,7 +187,7 @@ def main() -> None:
     found: list[Row] = []
     peers = []
     if args.kvpress:
-        own = {"model": str(args.model or embedded())}
+        own = {"model": str(args.model or embedded()), "dtype": str(model.dtype).removeprefix("torch.")}
         peers.append(partial(told, args.kvpress, "decode_kvpress.py", KVPRESS, own))
     if args.openvino:
         own = {"gguf": str(args.gguf or embedded_gguf())}

@@ -3,9 +3,9 @@
 python -m venv kv && kv/bin/pip install kvpress==0.5.5
 python -m benchmarks.decode --kvpress kv/bin/python --contexts 8192 --batches 4
 
-Takes nothing of calidrop. Reads a job as JSON on stdin: model (folder), ids [T], batch, threads, rounds, steps, kept
-tokens. Writes JSON: the versions, and per press, and for none under "DynamicCache", the seconds of each step and the
-bytes held.
+Takes nothing of calidrop. Reads a job as JSON on stdin: model (folder), dtype, ids [T], batch, threads, rounds, steps,
+kept tokens. Writes JSON: the versions, and per press, and for none under "DynamicCache", the seconds of each step and
+the bytes held.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     import kvpress
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
     heads = [layer.self_attn for layer in model.model.layers]
     ids = torch.tensor([job["ids"]]).expand(job["batch"], -1)
     share = 1 - job["kept"] / ids.shape[1]

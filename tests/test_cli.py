@@ -95,6 +95,7 @@ def test_methods():
         (["generate"], "give either a PROMPT or --file"),
         (["generate", "hello", "--file", "x"], "give either a PROMPT or --file"),
         (["generate", "--file", "no.txt"], "No such file or directory: no.txt"),
+        (["generate", "hello", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, float64"),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path, monkeypatch):
@@ -142,6 +143,9 @@ def test_generate(tiny, tmp_path):
     assert "MB on the device" in told.stderr
     assert "layer 1: exact window" in told.stderr
     assert run("generate", "--file", text, *args).stdout == told.stdout
+    half = run("generate", "--file", text, *args, "--dtype", "bfloat16").stderr
+    full = [float(re.search(r"([\d.]+) MB uncompressed", said)[1]) for said in (told.stderr, half)]
+    assert full[1] == pytest.approx(full[0] / 2, rel=0.1)
 
 
 def test_demo(tiny):

@@ -74,6 +74,12 @@ def test_folder(tiny, dtype):
     assert tokenizer(["a", "a b"], padding=True).input_ids == [[0, 1], [1, 2]]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8, "int8"])
+def test_other_dtypes_are_refused(tiny, dtype):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16"):
+        load(str(tiny), dtype=dtype)
+
+
 def test_greedy_without_warnings(tiny, caplog):
     model, tokenizer = load(str(tiny))
     logger = logging.getLogger("transformers")

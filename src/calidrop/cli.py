@@ -16,6 +16,7 @@ from calidrop import eval_cli, report_cli, show_cli, train_cli
 from calidrop.terminal import (
     Context,
     Continuation,
+    DType,
     Group,
     Model,
     Threads,
@@ -58,6 +59,7 @@ def demo(
     context: Context = 2048,
     continuation: Continuation = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens each recipe generates.")] = 48,
+    dtype: DType = None,
     threads: Threads = None,
 ) -> None:
     """Compress the opening of The Time Machine in five ways: sizes, speeds, predictions, and what is written next."""
@@ -65,7 +67,7 @@ def demo(
     evict = f"(budget={budget})"
     recipes = ["full", "kivi(bits=4)", f"snapkv{evict}", f"snapkv{evict}+calidrop", f"adakv{evict}+calidrop"]
     text, out = read_text(None), stdout()
-    lm, tokenizer = load_model(model, threads)
+    lm, tokenizer = load_model(model, threads, dtype)
     from calidrop.compare import compare
     from calidrop.generate import generate
 
@@ -94,6 +96,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     model: Model = None,
     describe: Annotated[bool, typer.Option("--describe", help="Say what each layer holds at the end.")] = False,
+    dtype: DType = None,
     threads: Threads = None,
 ) -> None:
     """Continue a text greedily with a compressed cache. No chat template is applied."""
@@ -101,7 +104,7 @@ def generate(
         raise ValueError("give either a PROMPT or --file")
     text = prompt if file is None else read_text(file)
     recipes = parse_recipes([recipe])
-    lm, tokenizer = load_model(model, threads)
+    lm, tokenizer = load_model(model, threads, dtype)
     from calidrop.generate import generate as run
 
     with bars("prefill") as tick:
@@ -131,12 +134,13 @@ def compare(
     context: Context = 2048,
     continuation: Continuation = 64,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    dtype: DType = None,
     threads: Threads = None,
 ) -> None:
     """Measure recipes against the uncompressed cache: sizes, speeds and predictions."""
     recipes, words = parse_recipes(recipe), read_text(text)
     check_writable(json_out)
-    lm, tokenizer = load_model(model, threads)
+    lm, tokenizer = load_model(model, threads, dtype)
     from calidrop.compare import compare as run
 
     with bars("comparing") as tick:
@@ -160,6 +164,7 @@ def plan(
     continuation: Continuation = 64,
     plot: Annotated[Path | None, typer.Option(help="Draw KL against bytes to this PNG.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    dtype: DType = None,
     threads: Threads = None,
 ) -> None:
     """Which recipes fit into a memory, and which of them to take."""
@@ -172,7 +177,7 @@ def plan(
     recipes, words = parse_recipes(recipe) if recipe else None, read_text(text) if measure else ""
     check_writable(json_out)
     check_writable(plot)
-    lm, tokenizer = load_model(model, threads) if config is None else (None, None)
+    lm, tokenizer = load_model(model, threads, dtype) if config is None else (None, None)
     from calidrop import pareto
     from calidrop.plan_cli import overall, print_advice
     from calidrop.planning import plan as run

@@ -19,7 +19,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from calidrop.eval.table import MEANING, Line
-from calidrop.terminal import check_writable, mb, read_text, stdout
+from calidrop.terminal import DType, check_writable, mb, read_text, stdout
 
 COLUMNS: tuple[tuple[str, str, Callable[[Line], str]], ...] = (
     ("recipe", "recipe", lambda r: r.recipe),
@@ -74,7 +74,7 @@ def evaluate(
     cpus: Annotated[float, typer.Option(min=0.0, help="CPUs of each worker on Ray.")] = 1.0,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each; a fraction shares one.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="Like cuda:0; default: cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: float32 on the CPU, else bfloat16.")] = None,
+    dtype: DType = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each worker; default: the cores, shared.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text instead of the books that come along.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,

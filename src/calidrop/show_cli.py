@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from calidrop.terminal import Model, Threads, bars, check_writable, load_model, parse_recipes, read_text
+from calidrop.terminal import DType, Model, Threads, bars, check_writable, load_model, parse_recipes, read_text
 
 
 def show(
@@ -20,6 +20,7 @@ def show(
     generate: Annotated[int, typer.Option(min=0, help="Let every recipe write so many tokens first.")] = 0,
     model: Model = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the page goes.")] = Path("show.html"),
+    dtype: DType = None,
     threads: Threads = None,
 ) -> None:
     """Which tokens of a text each recipe still holds, where and in what form: a page to look at, offline."""
@@ -31,7 +32,7 @@ def show(
         from calidrop.models import peek
         from calidrop.showing import beginning
     beginning(peek(model)[1], words, context)  # for its errors, before the weights are read
-    lm, tokenizer = load_model(model, threads)
+    lm, tokenizer = load_model(model, threads, dtype)
     from calidrop.showing import show as run
 
     with bars("compressing") as tick:

@@ -46,6 +46,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
 Model = Annotated[str | None, typer.Option(help="Hub id or folder; default: the embedded SmolLM2-135M-Instruct.")]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of text that are compressed.")]
 Continuation = Annotated[int, typer.Option(min=1, help="Tokens after them that are predicted one by one.")]
+DType = Annotated[
+    str | None, typer.Option("--dtype", help="Of the weights; default: float32 on the CPU, else bfloat16.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch; default: torch's own choice.")]
 
 
@@ -105,14 +108,14 @@ def parse_recipes(recipes: Sequence[str]) -> list[Any]:
     return [parse(recipe) for recipe in recipes]
 
 
-def load_model(name: str | None, threads: int | None) -> tuple[Any, Any]:
+def load_model(name: str | None, threads: int | None, dtype: str | None = None) -> tuple[Any, Any]:
     with Console(stderr=True).status("Starting torch"):
         import torch
 
         from calidrop.models import load
     if threads is not None:
         torch.set_num_threads(threads)
-    return load(name)
+    return load(name, dtype=dtype)
 
 
 class Bars:

@@ -33,8 +33,9 @@ class How:
     def __post_init__(self) -> None:
         import torch
 
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must be one of torch's, like bfloat16, got {self.dtype!r}")
+        from calidrop.models import check_dtype
+
+        check_dtype(self.dtype)
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)
