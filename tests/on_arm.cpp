@@ -25,6 +25,8 @@ void calidrop_network(void*, int64_t, void*, void*, void*, void*, void*, void*, 
 void calidrop_weights(void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t, void*, int32_t);
 void calidrop_remember(void*, void*, void*, void*, void*, int64_t, int64_t, int32_t, int32_t, int32_t, float, int32_t, float,
                        float, void*, int32_t, void*, void*, void*, void*, void*, void*, void*, void*, int32_t);
+void calidrop_follow(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, int64_t, void*, void*, int32_t, double, void*,
+                     void*, void*, void*, void*, float, void*, void*, void*, int32_t);
 }
 
 struct Range {
@@ -88,6 +90,7 @@ int main(int, char** names) {
     case 4: call(calidrop_network, w); break;
     case 5: call(calidrop_weights, w); break;
     case 6: call(calidrop_remember, w); break;
+    case 7: call(calidrop_follow, w); break;
   }
   std::fseek(file, memory, SEEK_SET);
   for (const Range& x : ranges) need(std::fwrite(x.at, 1, x.size, file) == x.size, "result");

@@ -21,7 +21,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 )
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember")
+FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -142,6 +142,10 @@ def test_the_last_key_that_is_alike(later, monkeypatch):
 @pytest.mark.parametrize("newest", [False, True])
 def test_the_network_of_attention_predictor(newest, monkeypatch):
     test_kernel.test_the_network_of_attention_predictor((), 3, 65, newest, monkeypatch)
+
+
+def test_a_step_of_attention_predictor(monkeypatch):
+    test_kernel.test_a_step_of_attention_predictor((), 2, 3, 33, 1, 0.25, monkeypatch)
 
 
 def test_what_heads_remember(monkeypatch):

@@ -36,6 +36,9 @@ class Given(Shared):
     def shares(self, rows, device):
         return torch.ones(rows)
 
+    def follows(self, history):
+        return False
+
 
 def step_by_step(recipe, qkv, prompt, pads=None, net=None):
     """Yields (layer, output of the step) after a prompt, and after every token behind it."""

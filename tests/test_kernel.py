@@ -1,5 +1,6 @@
 """The decode kernel for CPUs (ops/cpp) against its oracle, attention.attend and merge on the decoded tokens."""
 
+import copy
 import ctypes
 import functools
 import platform
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from calidrop import ops
 from calidrop.attention import Queries, attend, logits, merge
 from calidrop.methods._predictor import Predictor
+from calidrop.methods._rows import Rows
 from calidrop.methods.calidrop import Calibrated
 from calidrop.observe import Observation
 from calidrop.ops import alike, build, cpu
@@ -487,6 +489,47 @@ def test_the_network_of_attention_predictor(flags, N, C, newest, monkeypatch):
             net.edge(x, real, newest), net._some(x, real, (0, 1) if newest else (1, 0)), atol=1e-6, rtol=1e-5
         )
     assert not cpu.runs_networks(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize(("B", "H", "spans", "per"), [(1, 1, 1, 1), (2, 3, 33, 1), (3, 2, 5, 2), (1, 2, 256, 1)])
+def test_a_step_of_attention_predictor(flags, B, H, spans, per, power, monkeypatch):
+    """Against the same in torch: rows of what was fetched, one where nothing was, and those of everything."""
+    use(flags, monkeypatch)
+    net, C = Predictor.fresh(power, 0.7), spans * per
+    rows = Rows(64, 16, lambda device: net)
+    ends = (torch.arange(C) < torch.tensor([[C], [C // 2], [C - per]])[:B])[:, None]
+    rows.history, rows.net = torch.rand(B, H, 64, C) * ends[:, :, None], net
+    rows.there = None if B == 1 else ends[:, 0]
+    rows.next_row()
+    slow = rows.fork()
+    slow.net = copy.copy(net)
+    monkeypatch.setattr(slow.net, "follows", lambda history: False)
+    qs = Queries(torch.zeros(B, 3 * H, 1, 8), torch.zeros(B, 1, dtype=torch.int32), 1.0)
+    step = Observation(qs, torch.rand(B, 3 * H, 1), torch.ones(B).long(), torch.zeros(B).long())
+    for i in range(6):
+        before = rows.fork()
+        kept = [x.clone() for x in tensors(before)]
+        if i == 3:  # everything was asked
+            peaks = torch.randn(B, H, 3, 1, C + 1).where(F.pad(ends, (0, 1))[:, :, None, None], float("-inf"))
+            for each in (rows, slow):
+                each.peaks = peaks
+                each.push_peaks(step)
+        else:
+            ids = torch.stack([torch.randperm(spans) for _ in range(B * H)]).view(B, H, -1)[..., : 1 + spans // 2]
+            ids = ids.masked_fill(torch.rand(ids.shape) < (1.0 if i == 4 else 0.2), -1)
+            weights = torch.rand(B, H, 1, ids.shape[2] * per)
+            weights = weights.masked_fill((ids < 0).repeat_interleave(per, 2)[:, :, None], float("nan"))
+            for each in (rows, slow):
+                each.push(step, weights, ids)
+        assert rows.expected is not None
+        assert slow.expected is None
+        torch.testing.assert_close(rows.history, slow.history, rtol=0, atol=1e-6)
+        torch.testing.assert_close(rows.next_row(), slow.next_row(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows.moving.sum, slow.moving.sum, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(x, y) for x, y in zip(tensors(before), kept, strict=True))
+    assert rows.expected is None
 
 
 @pytest.mark.parametrize("flags", VARIANTS)

@@ -21,6 +21,7 @@ SHAPES = {
     "conv1.weight": (16, 1, 3, 3), "conv1.bias": (16,), "conv2.weight": (32, 16, 3, 3), "conv2.bias": (32,),
     "head.weight": (32,), "head.bias": (1,),
 }  # fmt: skip
+ROOTS = {1.0: 0, 0.5: 1, 0.25: 2}  # how many square roots a power is
 REACH = 2  # rows and blocks that two convolutions see to either side
 SEEN = 2 * REACH + 1
 ACTIVATION_BYTES = 64 << 20  # of the wider layer, at once
@@ -55,6 +56,16 @@ class Expectation(Shared, ABC):
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
         """What the last rows add (newest: False: the first), of which no more than the last SEEN is needed: x
         [N,SEEN,blocks] -> [N,REACH+1,blocks]."""
+
+    def follows(self, history: Tensor) -> bool:
+        """Whether `follow` can be asked."""
+        return False
+
+    def follow(
+        self, history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole step, as `cpu.follow` says, where the oldest rows weigh next to nothing."""
+        raise NotImplementedError
 
     @abstractmethod
     def finish(self, mean: Tensor) -> Tensor:
@@ -112,7 +123,20 @@ class Predictor(Expectation):
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
         if not cpu.runs_networks(x):
             return self._some(x, real, (0, 1) if newest else (1, 0))
-        return cpu.network(self.raised(x), real, [self.weights[n] for n in SHAPES if n != "head.bias"], newest)
+        return cpu.network(self.raised(x), real, self._given, newest)
+
+    @property
+    def _given(self) -> list[Tensor]:
+        return [self.weights[n] for n in SHAPES if n != "head.bias"]
+
+    def follows(self, history: Tensor) -> bool:
+        return self.power in ROOTS and cpu.runs_networks(history)
+
+    def follow(
+        self, history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bias = self.weights["head.bias"].item()
+        return cpu.follow(history, weights, ids, real, sums, ROOTS[self.power], self.decay, self._given, bias)
 
     def finish(self, mean: Tensor) -> Tensor:
         return mean + self.weights["head.bias"]

@@ -20,13 +20,16 @@ NOTHING = 2.0**-24  # of a sum in fp32
 
 class Rows(State):
     """history: fp32 [B,H,size,blocks], the newest row last; a row has the largest weight in every block, the mean over
-    the query heads of a kv head. Blocks are those on the host, in order; zero where a batch row has fewer."""
+    the query heads of a kv head. Blocks are those on the host, in order; zero where a batch row has fewer: there, bool
+    [B,blocks], has those it has (None: all rows have all). expected: the next row, where the last step found it."""
 
     def __init__(self, size: int, block: int, network: Callable[[torch.device], Expectation]):
         self.size, self.block, self.network = size, block, network
         self.net: Expectation | None = None
         self.history: Tensor | None = None
         self.peaks: Tensor | None = None  # [B,H,G,W,blocks+1]: largest logits, until their lse is known; one for none
+        self.there: Tensor | None = None
+        self.expected: Tensor | None = None
         self.moving = Moving()
 
     def begin(self, t: Tokens) -> None:
@@ -49,12 +52,17 @@ class Rows(State):
         step = max(1, (1 << 14) // self.block) * self.block  # tokens weighed at once
         parts = [pooled_rows(last, t.slice(i, i + step), self.block) for i in range(0, len(t), step)]
         columns = newest(torch.cat(parts, -1), last.queries.pos >= 0, self.size)  # [B,H,size,new]
-        width = int((before + full[:, 0].sum(-1)).max()) * per
+        blocks = (before + full[:, 0].sum(-1)) * per
+        width = int(blocks.max())
+        self.there = (
+            None if bool((blocks == width).all()) else torch.arange(width, device=blocks.device) < blocks[:, None]
+        )
         at = before[:, None] * per + torch.arange(columns.shape[-1], device=before.device)
         at = torch.where(full[:, 0].repeat_interleave(per, 1), at, width)  # what does not exist goes behind the end
         grown = F.pad(self.history, (0, width + 1 - self.history.shape[-1]))
         self.history = grown.scatter(3, at[:, None, None].expand_as(columns), columns)[..., :width].contiguous()
         self.moving.change(int(before.min()) * per)
+        self.expected = None
 
     # ---- the next row
 
@@ -74,11 +82,14 @@ class Rows(State):
         else:
             weights = torch.exp(self.peaks - finite(last.lse).view(*self.peaks.shape[:4], 1)).mean(2)
             self.peaks = None
-            self._append(weights[..., :-1], last)
+            if not self._follow(last, weights[:, :, 0, :-1], None):
+                self._append(weights[..., :-1], last)
 
     def push(self, last: Observation, weights: Tensor | None, ids: Tensor | None) -> None:
         """weights: [B,H,W,n] of the blocks of spans `ids` (-1: none), None for none at all; 0 for all other blocks."""
         assert self.history is not None
+        if weights is not None and ids is not None and self._follow(last, weights[:, :, 0], ids):
+            return
         B, H, _, blocks = self.history.shape
         rows = self.history.new_zeros(B, H, len(last.queries), blocks + 1)
         if weights is not None and ids is not None:
@@ -95,6 +106,18 @@ class Rows(State):
         at = ids[..., None] * per + torch.arange(per, device=ids.device)
         return torch.where(ids[..., None] < 0, self.history.shape[3], at).flatten(2)
 
+    def _follow(self, last: Observation, weights: Tensor, ids: Tensor | None) -> bool:
+        """A row of one query, and what is expected behind it, where one call says both. -> whether it did.
+        weights: [B,H,n]"""
+        assert self.history is not None and self.net is not None
+        known = self.net.follows(self.history) and not self.moving.lacks(self.net, self.history)
+        if not known or len(last.queries) > 1 or not bool((last.queries.pos >= 0).all()):
+            return False
+        assert self.moving.sum is not None
+        found = self.net.follow(self.history, weights, ids, self._real(), self.moving.sum)
+        self.history, self.moving.sum, self.expected = found
+        return True
+
     def _append(self, rows: Tensor, last: Observation) -> None:
         assert self.history is not None
         real, new = last.queries.pos >= 0, rows.shape[2]
@@ -106,16 +129,21 @@ class Rows(State):
         if new > 1:
             self.moving.forget()
 
-    def next_row(self, there: Tensor) -> Tensor:
-        """there: bool [B,spans], which are on the host. -> [B,H,blocks], the expected next row."""
+    def next_row(self) -> Tensor:
+        """[B,H,blocks], the expected next row, once for every row that came."""
         assert self.history is not None and self.net is not None
+        if self.expected is not None:
+            row, self.expected = self.expected, None
+            return row
         B, H, _, blocks = self.history.shape
-        real = None
         if blocks == 0:
             return self.history.new_zeros(B, H, 0)
-        if not bool(there.all()):
-            real = there.repeat_interleave(blocks // there.shape[1], 1).repeat_interleave(H, 0)
-        return self.moving.next_row(self.net, self.history, real)
+        return self.moving.next_row(self.net, self.history, self._real())
+
+    def _real(self) -> Tensor | None:
+        """bool [B*H,blocks], the blocks there are; None: all."""
+        assert self.history is not None
+        return None if self.there is None else self.there.repeat_interleave(self.history.shape[1], 0)
 
 
 class Moving(State):
@@ -139,6 +167,12 @@ class Moving(State):
     def change(self, first: int) -> None:
         """The history changed in all columns from `first` on."""
         self.changed = min(self.changed, first)
+
+    def lacks(self, net: Expectation, history: Tensor) -> bool:
+        """Whether more than `sum` must be known to move by a row."""
+        rows, blocks = history.shape[2:]
+        short = rows < 2 * SEEN or net.decay ** (rows - SEEN) > NOTHING
+        return short or self.sum is None or self.oldest is not None or self.changed < blocks
 
     def next_row(self, net: Expectation, history: Tensor, real: Tensor | None) -> Tensor:
         """history: [B,H,R,blocks]; real: bool [B*H,blocks]. -> [B,H,blocks]"""

@@ -64,7 +64,9 @@ class Predicted(Store):
 
     On the device: sinks and what does not fill a span yet, exact; what was fetched (`held`, a slot per span; `ids`
     int64 [B,H,n] says which they are, -1: none), some of it perhaps still `coming`; and `rows` of pooled attention to
-    what is on the host. whole: the next step asks the host for everything."""
+    what is on the host. whole: the next step asks the host for everything. spans, free: of each row, how many are on
+    the host, and how many tokens of them the device had room for at the last flush; all_here: whether it has all of
+    them. asked: between `attend` and `observe`, who answered for what was fetched."""
 
     def __init__(self, codec: Store, sizes: Sizes, rows: Rows):
         self.codec, self.sizes, self.rows = codec, sizes, rows
@@ -75,6 +77,10 @@ class Predicted(Store):
         self.coming: Coming | None = None
         self.arrival = Arrival()
         self.context: Tensor | None = None
+        self.spans: list[int] = []
+        self.free: list[int] = []
+        self.all_here = False
+        self.asked: list[Store] = []
         self.steps, self.since = 0, 0  # generated tokens since the last prompt, since the last flush
 
     # ---- taking tokens in
@@ -94,13 +100,21 @@ class Predicted(Store):
             assert units is not None
             data = {n: x.unflatten(2, (new, -1)) for n, x in units.padded()[0].items()}
             self.log.append(data, full)
-            if not self.whole and not prompt:  # what the window gave up is attended until the next prediction
+            if self.whole or prompt:
+                self.all_here = False
+            else:  # what the window gave up is attended until the next prediction
                 ids = (before[:, None, None] + torch.arange(new, device=full.device)).masked_fill(~full, -1)
                 self._arrived()
                 if self.held is None or self.ids is None:
                     self._hold(ids, Ragged(data, full))
                 else:
                     self._hold(torch.cat([self.ids, ids], 2), self.held.append(data, full))
+        size, waiting = self.sizes, self.waiting.held.lens[:, 0].tolist() if self.waiting.held is not None else None
+        room = size.budget(self.context).tolist()
+        self.free = [
+            n - size.sinks - size.recent - 1 - m for n, m in zip(room, waiting or [0] * len(room), strict=True)
+        ]
+        self.spans = self._spans().tolist()
         if prompt:
             self.steps = 0
             self._look_ahead()
@@ -126,16 +140,19 @@ class Predicted(Store):
         self.whole = (self.steps + 1) % self.sizes.dense == 0
         if self.sizes.dense == 1:
             return
-        spans, (B, H, n) = self._spans(), self.rows.shape(self.sizes.span)
-        there = torch.arange(n, device=spans.device) < spans[:, None]  # [B,spans]
-        score = self.rows.next_row(there)  # even if it is not used, as it follows the rows
+        row = self.rows.next_row()  # even if it is not used, as it follows the rows
         if not self.whole:
-            self._fetch(score.view(B, H, n, -1).amax(-1) if n else score, there)
+            self._fetch(row)
 
-    def _fetch(self, score: Tensor, there: Tensor) -> None:
-        """score: [B,H,spans]; there: bool [B,spans]. Brings the best there is room for, but for those that are here."""
+    def _fetch(self, row: Tensor) -> None:
+        """row: [B,H,blocks]. Brings the spans of the best blocks there is room for, but for those that are here."""
         self._arrived()
-        marks = self._chosen(score.masked_fill(~there[:, None], float("-inf")), there)
+        room = [max(0, (n - self.since) // self.sizes.span) for n in self.free]
+        everything = all(n >= m for n, m in zip(room, self.spans, strict=True))
+        if everything and self.all_here:
+            return
+        self.all_here = everything
+        marks = self._chosen(row, room)
         n = int(marks.sum(-1).max()) if marks.numel() else 0
         if n and self.held is not None and self.ids is not None:
             self._exchange(self.ids, marks, n)
@@ -164,14 +181,15 @@ class Predicted(Store):
         if self.arrival.there:  # at once, so that it is not held twice
             self._arrived()
 
-    def _chosen(self, score: Tensor, there: Tensor) -> Tensor:
-        """bool [B,H,spans]"""
-        assert self.context is not None
-        size, (B, H, n) = self.sizes, score.shape
-        waiting = self.waiting.held.lens[:, 0] if self.waiting.held is not None else 0
-        local = size.recent + self.since + 1 + waiting
-        room = ((size.budget(self.context) - size.sinks - local) // size.span).clamp(min=0)
-        return best(score.reshape(B * H, n), room.repeat_interleave(H)).view(B, H, n) & there[:, None]
+    def _chosen(self, row: Tensor, room: list[int]) -> Tensor:
+        """bool [B,H,spans]. room: spans of each batch row."""
+        B, H, blocks = row.shape
+        per, there = self.sizes.span // self.sizes.block, self.rows.there
+        score = row if per == 1 else row.view(B, H, blocks // per, per).amax(-1)
+        if there is not None:
+            score = score.masked_fill(~there[:, None, ::per], float("-inf"))
+        marks = best(score.flatten(0, 1), torch.tensor(room, device=row.device).repeat_interleave(H)).view_as(score)
+        return marks if there is None else marks & there[:, None, ::per]
 
     def _hold(self, ids: Tensor, held: Ragged) -> None:
         """held: what is at `ids`, in the same order, without those that are -1."""
@@ -184,7 +202,8 @@ class Predicted(Store):
         if not self.log.segments:
             return parts
         if len(qs) == 1 and not self.whole:
-            return parts + [part for store in self._fetched() for part in store.attend(qs)]
+            self.asked = self._fetched()
+            return parts + [part for store in self.asked for part in store.attend(qs)]
         self.whole = True
         return [*parts, self._ask_all(qs)]
 
@@ -200,6 +219,8 @@ class Predicted(Store):
 
     def take_rows(self, rows: Tensor) -> None:
         self._arrived()
+        if self.free:
+            self.spans, self.free = ([of[i] for i in rows.tolist()] for of in (self.spans, self.free))
         super().take_rows(rows)
 
     def _fetched(self) -> list[Store]:
@@ -223,14 +244,15 @@ class Predicted(Store):
 
     def observe(self, step: Observation) -> None:
         self.codec.observe(step)
+        fetched, self.asked = self.asked, []
         if self.context is None:  # the first prompt
             return
         last = step.last(self.rows.size)
         if self.whole:
             self.rows.push_peaks(last)
         else:
-            fetched = [t for store in self._fetched() for t in store.told(step.heard)]
-            self.rows.push(last, pooled_rows(last, fetched[0], self.sizes.block) if fetched else None, self.ids)
+            found = [t for store in fetched for t in store.told(step.heard)]
+            self.rows.push(last, pooled_rows(last, found[0], self.sizes.block) if found else None, self.ids)
         if len(step.queries) == 1:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()

@@ -1,7 +1,7 @@
 """The kernels for CPUs, which `build` compiles at first use.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
-`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, that of `network` the convolutions of its caller.
+`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, those of `network` and `follow` what callers do in torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Kernel:
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
         self.network, self.weights = library.calidrop_network, library.calidrop_weights
-        self.remember = library.calidrop_remember
+        self.remember, self.follow = library.calidrop_remember, library.calidrop_follow
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
@@ -65,8 +65,12 @@ class Kernel:
         self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
         self.weights.argtypes = [ptr, ptr, ptr, *[i64] * 4, i32, i32, ptr, i32]
         self.remember.argtypes = [*[ptr] * 5, i64, i64, *[i32] * 3, real, i32, real, real, ptr, i32, *[ptr] * 8, i32]
+        self.follow.argtypes = [
+            *(ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i32, ctypes.c_double),
+            *[ptr] * 5, real, *[ptr] * 3, i32,
+        ]  # fmt: skip
         functions = self.decode, self.columns, self.prompt, self.alike, self.network, self.weights, self.remember
-        for function in functions:
+        for function in (*functions, self.follow):
             function.restype = None
 
 
@@ -279,6 +283,30 @@ def network(x: Tensor, real: Tensor | None, weights: Sequence[Tensor], newest: b
         N, C, newest, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def follow(
+    history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor, roots: int, decay: float,
+    given: Sequence[Tensor], bias: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A step of the rows of `attention_predictor`, of what `runs_networks` allows. history [B,H,R,C] moves on by a row
+    that has weights [B,H,n] of the blocks of spans `ids` [B,H,spans] (-1: of none) and is 0 elsewhere, or is weights
+    [B,H,C]; real bool [B*H,C], or None: the blocks there are. sums fp64 [B,H,C], of what the inner rows add. The
+    network (given: `network`'s weights; and a bias) sees them after `roots` square roots; each older row weighs `decay`
+    of the next, the oldest nothing. -> history and sums a row later, and the row that is expected then [B,H,C]."""
+    B, H, R, C = history.shape
+    held = [w.contiguous() for w in given]
+    history, weights, sums = history.contiguous(), weights.contiguous(), sums.contiguous()
+    real, ids = (None if x is None else x.contiguous() for x in (real, ids))
+    spans = 0 if ids is None else ids.shape[2]
+    moved, later, row = torch.empty_like(history), torch.empty_like(sums), torch.empty(B, H, C)
+    at, there = (None if x is None else x.data_ptr() for x in (ids, real))
+    kernel().follow(
+        history.data_ptr(), B * H, R, C, weights.data_ptr(), at, spans, weights.shape[2] // max(1, spans), there,
+        sums.data_ptr(), roots, decay, *(w.data_ptr() for w in held), bias,
+        *(x.data_ptr() for x in (moved, later, row)), torch.get_num_threads(),
+    )  # fmt: skip
+    return moved, later, row
 
 
 _Place = tuple[int, int, int, int]
