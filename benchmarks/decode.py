@@ -154,18 +154,35 @@ def rows(
     return found
 
 
-def plot(found: list[Row], file: Path) -> None:
+def plot(found: list[Row], title: str, file: Path) -> None:
+    """Ours as lines, what others do dashed; a line's colour is the same at every batch."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-    batches = sorted({row.batch for row in found})
-    figure, axes = plt.subplots(1, len(batches), figsize=(6 * len(batches), 5), layout="constrained", squeeze=False)
+    batches, names = sorted({row.batch for row in found}), list(dict.fromkeys(row.cache for row in found))
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches) + 4, 5), sharey=True, squeeze=False,
+                                layout="constrained")  # fmt: skip
+    colours = plt.get_cmap("tab20")
     for ax, batch in zip(axes[0], batches, strict=True):
-        for name in dict.fromkeys(row.cache for row in found):
+        for i, name in enumerate(names):
             of = [row for row in found if (row.batch, row.cache) == (batch, name)]
-            ax.plot([r.context for r in of], [r.best_ms for r in of], marker="o", label=name)
-        ax.set(title=f"batch {batch}", xlabel="context, tokens", ylabel="ms per step", xscale="log", yscale="log")
-    axes[0][-1].legend(fontsize=7)
-    figure.savefig(file, dpi=150)
+            ours = name not in (FULL, SHORT, FP8) and ": " not in name  # peers' names begin with their version
+            contexts, ms = [r.context for r in of], [r.best_ms for r in of]
+            ax.plot(contexts, ms, "-o" if ours else "--x", color=colours(i % 20), label=name)
+        ax.set(title=f"batch {batch}", xlabel="context, tokens", xscale="log", yscale="log")
+        ax.set_xticks(
+            sorted({row.context for row in found}), labels=[str(x) for x in sorted({r.context for r in found})]
+        )
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("ms per step")
+    lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+    figure.suptitle(title, fontsize=9)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7)
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
@@ -200,7 +217,7 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in found]}, indent=1))
     if args.plot:
-        plot(found, args.plot)
+        plot(found, machine, args.plot)
 
 
 if __name__ == "__main__":

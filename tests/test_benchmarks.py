@@ -1,0 +1,51 @@
+"""The benchmarks of decoding and of prompts from end to end, tiny: what they print, write and draw."""
+
+import json
+import sys
+
+import pytest
+import torch
+from benchmarks import decode, prefill
+
+from test_cli import tiny  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """They set these for a whole process."""
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode(tiny, dtype, tmp_path, monkeypatch):  # noqa: F811
+    out, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    recipes = "full", "snapkv(budget=40)+int4"
+    named = [word for recipe in recipes for word in ("--recipe", recipe)]
+    sizes = "--contexts", "96,128", "--batches", "1,2", "--rounds", "2", "--steps", "1", "--threads", "1"
+    monkeypatch.setattr(sys, "argv", ["decode", "--model", tiny, "--dtype", dtype, *named, *sizes,
+                                      "--json", str(out), "--plot", str(picture)])  # fmt: skip
+    decode.main()
+    told = json.loads(out.read_text())
+    assert f"{dtype}, 1 threads" in told["machine"]
+    rows = {(r["context"], r["batch"], r["cache"]): r for r in told["rows"]}
+    assert {key[:2] for key in rows} == {(n, b) for n in (96, 128) for b in (1, 2)}
+    for (context, batch, _), row in rows.items():
+        base = rows[context, batch, decode.FULL]
+        assert row["times"] == pytest.approx(base["best_ms"] / row["best_ms"])
+        assert 0 < row["best_ms"] <= row["median_ms"]
+    full = rows[128, 2, "full"]
+    assert full["device_bytes"] > 2 * rows[128, 2, recipes[1]]["device_bytes"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "rows.json"
+    sizes = "--contexts", "128", "--rounds", "1", "--threads", "1", "--recipe", "snapkv(budget=40)"
+    monkeypatch.setattr(sys, "argv", ["prefill", "--model", tiny, *sizes, "--json", str(out)])
+    prefill.main()
+    plain, ours = json.loads(out.read_text())["rows"]
+    assert ours["cache"] == "snapkv(budget=40)"
+    assert ours["over_plain"] == pytest.approx(ours["best_s"] / plain["best_s"] - 1)
