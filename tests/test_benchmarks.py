@@ -41,6 +41,19 @@ def test_decode(tiny, dtype, tmp_path, monkeypatch):  # noqa: F811
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_decode_without_fp8(tiny, monkeypatch, capsys):  # noqa: F811
+    def unknown(backend, config):
+        raise ValueError(f"Unknown quantization backend `{backend}`")
+
+    monkeypatch.setattr(decode, "QuantizedCache", unknown)
+    sizes = "--contexts", "64", "--batches", "1", "--rounds", "1", "--steps", "1", "--threads", "1", "--recipe", "full"
+    monkeypatch.setattr(sys, "argv", ["decode", "--model", tiny, *sizes])
+    decode.main()
+    said = capsys.readouterr().out
+    assert "QuantizedCache fp8 is left out: Unknown quantization backend `fp8`" in said
+    assert "full" in said
+
+
 def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "rows.json"
     sizes = "--contexts", "128", "--rounds", "1", "--threads", "1", "--recipe", "snapkv(budget=40)"
