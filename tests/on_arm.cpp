@@ -27,6 +27,8 @@ void calidrop_remember(void*, void*, void*, void*, void*, int64_t, int64_t, int3
                        float, void*, int32_t, void*, void*, void*, void*, void*, void*, void*, void*, int32_t);
 void calidrop_follow(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, int64_t, void*, void*, int32_t, double, void*,
                      void*, void*, void*, void*, float, void*, void*, void*, int32_t);
+void calidrop_exchange(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, int64_t, void*, void*, int64_t, void*, int64_t,
+                       void*, int32_t);
 }
 
 struct Range {
@@ -91,6 +93,7 @@ int main(int, char** names) {
     case 5: call(calidrop_weights, w); break;
     case 6: call(calidrop_remember, w); break;
     case 7: call(calidrop_follow, w); break;
+    case 8: call(calidrop_exchange, w); break;
   }
   std::fseek(file, memory, SEEK_SET);
   for (const Range& x : ranges) need(std::fwrite(x.at, 1, x.size, file) == x.size, "result");

@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+import test_attention_predictor
 import test_kernel
 from calidrop.ops import build, cpu
 from test_kernel import (  # noqa: F401 (collected here once more)
@@ -21,7 +22,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 )
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow")
+FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -146,6 +147,10 @@ def test_the_network_of_attention_predictor(newest, monkeypatch):
 
 def test_a_step_of_attention_predictor(monkeypatch):
     test_kernel.test_a_step_of_attention_predictor((), 2, 3, 33, 1, 0.25, monkeypatch)
+
+
+def test_what_attention_predictor_fetches(monkeypatch):
+    test_attention_predictor.test_the_kernel_exchanges_as_torch_does("", 60, [0, 7], monkeypatch)
 
 
 def test_what_heads_remember(monkeypatch):

@@ -14,8 +14,9 @@ from calidrop.cli import app
 from calidrop.methods._predictor import SHAPES, Average, Predictor, load, save
 from calidrop.methods._rows import Moving, newest
 from calidrop.offload import HostLog
+from calidrop.ops import cpu, predicting
 from calidrop.recipe import parse
-from calidrop.state import Shared, held_bytes
+from calidrop.state import Shared, held_bytes, tensors
 from calidrop.train import attention_predictor as training
 from calidrop.train._text import windows as cut
 from helpers import ALICE, feed, layer_of, predictor, random_qkv
@@ -158,6 +159,7 @@ def test_new_blocks_are_the_network_too(rows, power, decay):
 @torch.no_grad()
 def test_only_what_is_not_here_is_fetched(form, monkeypatch):
     """What is held is what the host has at `ids`, and a span that stays is not brought again."""
+    monkeypatch.setattr(predicting, "exchanges", lambda row, held: False)
     draw, brought = torch.Generator().manual_seed(1), []
 
     def whim(x):  # a few of the blocks change from step to step
@@ -182,6 +184,50 @@ def test_only_what_is_not_here_is_fetched(form, monkeypatch):
         for name, x in store.held.data.items():
             assert torch.equal(x, want.data[name])
     assert 0 < sum(brought) < 0.6 * wanted
+
+
+@pytest.mark.skipif(bool(cpu.kernel().reason), reason=cpu.kernel().reason)
+@pytest.mark.parametrize("form", ["", "+int4", "+kivi(bits=2, group=8)"])
+@pytest.mark.parametrize(("budget", "pads"), [(60, [0, 7]), (40, [0, 0]), (60, [0, 50])])
+@torch.no_grad()
+def test_the_kernel_exchanges_as_torch_does(form, budget, pads, monkeypatch):
+    """The same spans in the same places, their columns as the host has them, at every step; snapshots stay as they
+    were. Of the numbers of blocks some are equal, and some are none."""
+
+    def steps(kernel):
+        draw = torch.Generator().manual_seed(1)
+
+        def whim(x):
+            row = torch.randint(12, (1, x.shape[-1]), generator=torch.Generator().manual_seed(0)).repeat(4, 1).float()
+            row += torch.randint(4, row.shape, generator=draw)
+            return row.masked_fill(torch.rand(row.shape, generator=draw) < 0.02, float("nan"))
+
+        with monkeypatch.context() as patch:
+            calls = []
+            if kernel:
+                whole = predicting.exchange
+                patch.setattr(predicting, "exchange", lambda *given: calls.append(1) or whole(*given))
+            else:
+                patch.setattr(predicting, "exchanges", lambda row, held: False)
+            given = predictor(budget, dense=5) + form, random_qkv(2, 2, 3, 130, D), 90, pads, Given(whim)
+            found, snapshot, kept = [], None, []
+            for kv, out in step_by_step(*given):
+                store = kv.state.store
+                store._arrived()
+                assert all(torch.equal(x, y) for x, y in zip(tensors(snapshot), kept, strict=True))
+                snapshot = store.held and store.held.fork()
+                kept = [x.clone() for x in tensors(snapshot)]
+                found.append((out, store.ids, store.held and store.held.data))
+            assert bool(calls) == kernel
+        return found
+
+    for (out, ids, data), (want, want_ids, want_data) in zip(steps(True), steps(False), strict=True):
+        assert (ids is None) == (want_ids is None)
+        if ids is None:
+            continue
+        assert torch.equal(ids, want_ids)
+        assert all(torch.equal(x, want_data[name]) for name, x in data.items())
+        assert out is None or torch.equal(out, want)
 
 
 def test_what_is_fetched_by_hand():

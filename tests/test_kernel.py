@@ -19,7 +19,7 @@ from calidrop.methods._predictor import Predictor
 from calidrop.methods._rows import Rows
 from calidrop.methods.calidrop import Calibrated
 from calidrop.observe import Observation
-from calidrop.ops import alike, build, cpu
+from calidrop.ops import alike, build, cpu, predicting
 from calidrop.parallel import HeadGroup
 from calidrop.state import Ragged, tensors
 from calidrop.store import Exact, Store
@@ -484,11 +484,11 @@ def test_the_network_of_attention_predictor(flags, N, C, newest, monkeypatch):
     x[:] = torch.rand(N, 5, C)
     ends = torch.arange(C) < (C - torch.arange(N) % 3 * C // 4)[:, None]
     for real in (None, ends):
-        assert cpu.runs_networks(x)
+        assert predicting.runs_networks(x)
         torch.testing.assert_close(
             net.edge(x, real, newest), net._some(x, real, (0, 1) if newest else (1, 0)), atol=1e-6, rtol=1e-5
         )
-    assert not cpu.runs_networks(x.clone().requires_grad_())
+    assert not predicting.runs_networks(x.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("flags", VARIANTS)

@@ -234,6 +234,12 @@ class Ragged(State):
         new.data = {**self.data, **{n: x if valid is None else x[valid].contiguous() for n, x in columns.items()}}
         return new
 
+    def of_all(self, data: dict[str, Tensor]) -> Ragged:
+        """Other columns [B,H,n,...] in its place, of all heads alike. Keeps them as they are."""
+        new, n = copy.copy(self), next(iter(data.values())).shape[2]
+        new.data, new.uniform, new.longest, new.lens = data, True, n, torch.full_like(self.lens, n)
+        return new
+
     def opened(self) -> Ragged:
         """With the items of a slot as slots of their own: [B,H,n,m,...] -> [B,H,n*m,...]. Shares its memory."""
         new, at = copy.copy(self), 2 if self.uniform else 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
-from calidrop.ops import cpu
+from calidrop.ops import predicting
 from calidrop.state import Shared
 
 NAME = "attention_predictor"
@@ -64,7 +64,7 @@ class Expectation(Shared, ABC):
     def follow(
         self, history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole step, as `cpu.follow` says, where the oldest rows weigh next to nothing."""
+        """A whole step, as `predicting.follow` says, where the oldest rows weigh next to nothing."""
         raise NotImplementedError
 
     @abstractmethod
@@ -121,22 +121,22 @@ class Predictor(Expectation):
         return torch.cat([self._some(x[at], None if real is None else real[at]) for at in cuts])
 
     def edge(self, x: Tensor, real: Tensor | None, newest: bool) -> Tensor:
-        if not cpu.runs_networks(x):
+        if not predicting.runs_networks(x):
             return self._some(x, real, (0, 1) if newest else (1, 0))
-        return cpu.network(self.raised(x), real, self._given, newest)
+        return predicting.network(self.raised(x), real, self._given, newest)
 
     @property
     def _given(self) -> list[Tensor]:
         return [self.weights[n] for n in SHAPES if n != "head.bias"]
 
     def follows(self, history: Tensor) -> bool:
-        return self.power in ROOTS and cpu.runs_networks(history)
+        return self.power in ROOTS and predicting.runs_networks(history)
 
     def follow(
         self, history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = self.weights["head.bias"].item()
-        return cpu.follow(history, weights, ids, real, sums, ROOTS[self.power], self.decay, self._given, bias)
+        return predicting.follow(history, weights, ids, real, sums, ROOTS[self.power], self.decay, self._given, bias)
 
     def finish(self, mean: Tensor) -> Tensor:
         return mean + self.weights["head.bias"]

@@ -18,6 +18,7 @@ from calidrop.methods._predictor import Average, Expectation, load
 from calidrop.methods._rows import Rows, pooled_rows
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, HostLog
+from calidrop.ops import predicting
 from calidrop.ops.piece import Piece
 from calidrop.parts import Deputies, Layer, Selector, check_budget, check_choice, check_int, method
 from calidrop.state import Ragged
@@ -152,6 +153,8 @@ class Predicted(Store):
         if everything and self.all_here:
             return
         self.all_here = everything
+        if self._exchanged(row, room):
+            return
         marks = self._chosen(row, room)
         n = int(marks.sum(-1).max()) if marks.numel() else 0
         if n and self.held is not None and self.ids is not None:
@@ -163,6 +166,20 @@ class Predicted(Store):
             ids = order.masked_fill(~marks.gather(2, order), -1)
             held, self.arrival = self.log.take(ids)
             self._hold(ids, held)
+
+    def _exchanged(self, row: Tensor, room: list[int]) -> bool:
+        """`_chosen` and `_exchange` in one call, where all heads shall have as many spans. -> whether it was made."""
+        w = min(room[0], self.spans[0])
+        if self.held is None or self.ids is None or not self.held.uniform or w == 0:
+            return False
+        names, old = list(self.held.data), list(self.held.data.values())
+        if any(min(n, m) != w for n, m in zip(room, self.spans, strict=True)) or not predicting.exchanges(row, old):
+            return False
+        per = self.sizes.span // self.sizes.block
+        found = predicting.exchange(row, per, self.spans, self.ids, w, old, self.log.flat(*names))
+        if found is not None:
+            self.ids, self.held = found[0], self.held.of_all(dict(zip(names, found[1], strict=True)))
+        return True
 
     def _exchange(self, ids: Tensor, marks: Tensor, n: int) -> None:
         """Bring what is marked and not here to where what is here and not marked is given up. n: the most marks."""

@@ -1,7 +1,7 @@
 """The kernels for CPUs, which `build` compiles at first use.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
-`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, those of `network` and `follow` what callers do in torch.
+`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`. What `attention_predictor` asks is in `ops.predicting`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ class Kernel:
             *(ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i32, ctypes.c_double),
             *[ptr] * 5, real, *[ptr] * 3, i32,
         ]  # fmt: skip
+        self.exchange = library.calidrop_exchange
+        self.exchange.argtypes = [ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i64, ptr, i64, ptr, i32]
         functions = self.decode, self.columns, self.prompt, self.alike, self.network, self.weights, self.remember
-        for function in (*functions, self.follow):
+        for function in (*functions, self.follow, self.exchange):
             function.restype = None
 
 
@@ -262,51 +264,6 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
     kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
     return last
-
-
-def runs_networks(x: Tensor) -> bool:
-    """Whether `network` can be asked."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and not kernel().reason
-
-
-def network(x: Tensor, real: Tensor | None, weights: Sequence[Tensor], newest: bool) -> Tensor:
-    """`Predictor.edge` of what `runs_networks` allows: x [N,5,C], real bool [N,C]; weights and biases of the two
-    convolutions and the weights of their channels, fp32. -> [N,3,C]"""
-    N, _, C = x.shape
-    if x.stride()[1:] != (C, 1):
-        x = x.contiguous()
-    held = [w.contiguous() for w in weights]
-    real = None if real is None else real.contiguous()
-    out = torch.empty(N, 3, C)
-    kernel().network(
-        x.data_ptr(), x.stride(0), None if real is None else real.data_ptr(), *(w.data_ptr() for w in held),
-        N, C, newest, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def follow(
-    history: Tensor, weights: Tensor, ids: Tensor | None, real: Tensor | None, sums: Tensor, roots: int, decay: float,
-    given: Sequence[Tensor], bias: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A step of the rows of `attention_predictor`, of what `runs_networks` allows. history [B,H,R,C] moves on by a row
-    that has weights [B,H,n] of the blocks of spans `ids` [B,H,spans] (-1: of none) and is 0 elsewhere, or is weights
-    [B,H,C]; real bool [B*H,C], or None: the blocks there are. sums fp64 [B,H,C], of what the inner rows add. The
-    network (given: `network`'s weights; and a bias) sees them after `roots` square roots; each older row weighs `decay`
-    of the next, the oldest nothing. -> history and sums a row later, and the row that is expected then [B,H,C]."""
-    B, H, R, C = history.shape
-    held = [w.contiguous() for w in given]
-    history, weights, sums = history.contiguous(), weights.contiguous(), sums.contiguous()
-    real, ids = (None if x is None else x.contiguous() for x in (real, ids))
-    spans = 0 if ids is None else ids.shape[2]
-    moved, later, row = torch.empty_like(history), torch.empty_like(sums), torch.empty(B, H, C)
-    at, there = (None if x is None else x.data_ptr() for x in (ids, real))
-    kernel().follow(
-        history.data_ptr(), B * H, R, C, weights.data_ptr(), at, spans, weights.shape[2] // max(1, spans), there,
-        sums.data_ptr(), roots, decay, *(w.data_ptr() for w in held), bias,
-        *(x.data_ptr() for x in (moved, later, row)), torch.get_num_threads(),
-    )  # fmt: skip
-    return moved, later, row
 
 
 _Place = tuple[int, int, int, int]
