@@ -138,11 +138,12 @@ class Predicted(Store):
 
     def _look_ahead(self) -> None:
         """Predict what the next query attends to and fetch it, unless that step asks for everything anyway."""
-        self.whole = (self.steps + 1) % self.sizes.dense == 0
+        dense = (self.steps + 1) % self.sizes.dense == 0
+        self.whole = dense and not self.all_here  # what is here needs no asking
         if self.sizes.dense == 1:
             return
         row = self.rows.next_row()  # even if it is not used, as it follows the rows
-        if not self.whole:
+        if not dense:
             self._fetch(row)
 
     def _fetch(self, row: Tensor) -> None:
