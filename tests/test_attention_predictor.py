@@ -230,6 +230,26 @@ def test_the_kernel_exchanges_as_torch_does(form, budget, pads, monkeypatch):
         assert out is None or torch.equal(out, want)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("pads", [30, 80])
+@torch.no_grad()
+def test_the_shorter_row_goes_on_alone(pads, kernel, monkeypatch):
+    """Where the longer row, which had more fetched, is dropped: exactly as if it had never been there."""
+    if not kernel:
+        monkeypatch.setattr(predicting, "exchanges", lambda row, held: False)
+    qkv, recipe = random_qkv(2, 2, 3, 150, D), predictor(60, dense=5, history=16)
+    both, alone = layer_of(recipe, qkv), layer_of(recipe, qkv)
+    feed(both, tuple(x[:, :, :100] for x in qkv), None, [0, pads])
+    feed(alone, tuple(x[1:, :, :100] for x in qkv), None, [pads])
+    for i in range(100, 150):
+        if i == 113:
+            both.batch_select_indices(torch.tensor([1]))
+        step = tuple(x[:, :, i : i + 1] for x in qkv)
+        out = feed(both, step if i < 113 else tuple(x[1:] for x in step), None, [0, pads] if i < 113 else [pads])
+        want = feed(alone, tuple(x[1:] for x in step), None, [pads])
+        torch.testing.assert_close(out[-1:], want, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_fetched_by_hand():
     """One head, 27 tokens, blocks of 4, 4 sinks and 3 recent: blocks 4-7 8-11 12-15 16-19 20-23 wait on the host, and
     24 25 26 in the window. A budget of 16 is 4 sinks, 4 recent with the token to come, and two blocks."""

@@ -64,6 +64,15 @@ class Rows(State):
         self.moving.change(int(before.min()) * per)
         self.expected = None
 
+    def take_rows(self, rows: Tensor) -> None:
+        super().take_rows(rows)
+        if self.there is None or self.history is None:
+            return
+        width = int(self.there.any(0).sum())  # the longest row may be gone
+        self.history, self.there = self.history[..., :width].contiguous(), self.there[:, :width]
+        self.there = None if bool(self.there.all()) else self.there.contiguous()
+        self.moving.cut(width)
+
     # ---- the next row
 
     def peak(self, logits: Tensor, ids: Tensor) -> None:
@@ -167,6 +176,11 @@ class Moving(State):
     def change(self, first: int) -> None:
         """The history changed in all columns from `first` on."""
         self.changed = min(self.changed, first)
+
+    def cut(self, width: int) -> None:
+        """No row has more than the first `width` columns any more."""
+        self.sum, self.oldest = (None if x is None else x[..., :width].contiguous() for x in (self.sum, self.oldest))
+        self.changed = min(self.changed, width)
 
     def lacks(self, net: Expectation, history: Tensor) -> bool:
         """Whether more than `sum` must be known to move by a row."""

@@ -240,6 +240,10 @@ class Predicted(Store):
         if self.free:
             self.spans, self.free = ([of[i] for i in rows.tolist()] for of in (self.spans, self.free))
         super().take_rows(rows)
+        if self.held is not None and self.ids is not None:
+            self.ids = self.ids[..., : self.held.longest].contiguous()  # the row that had the most may be gone
+            if not self.held.longest:
+                self.ids = self.held = None
 
     def _fetched(self) -> list[Store]:
         if self.held is None:
