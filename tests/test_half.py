@@ -52,7 +52,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_layer(recipe, dtype):
     half = tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 120, 32))
@@ -92,7 +92,7 @@ def forced(model, cache, tokens, mask, prompt):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_model(family, dtype):
     """As near to the model in fp32 as with the cache of transformers; and with what evicts, to the same in fp32."""

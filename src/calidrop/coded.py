@@ -61,6 +61,9 @@ class Coded(Store):
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """k, v: [B,H,units,group,D] in the model's dtype -> columns [B,H,units,...], named neither pos nor stat:..."""
 
+    def encoded(self, units: Tensor) -> None:
+        """Called after `encode`. units: bool [B,H,units], those that are real."""
+
     @abstractmethod
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The inverse, as nearly as the format can, in the format's own basis: k, v [B,H,units,group,D]."""
@@ -98,6 +101,7 @@ class Coded(Store):
         t = self.prepare(t, obs)
         units = {n: x.unflatten(2, (most, self.group)) for n, x in t.columns().items()}
         data = self.encode(units.pop("k"), units.pop("v")) | units
+        self.encoded(full)
         self.held = Ragged(data, full) if self.held is None else self.held.append(data, full)
 
     def _units(self) -> Tokens | None:

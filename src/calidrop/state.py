@@ -68,12 +68,16 @@ def _fork(value: Any) -> Any:
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
-    """Apply `fn` to the tensors inside `value`; nested States reorder themselves with `rows`."""
+    """Apply `fn` to the tensors inside `value`; nested States reorder themselves with `rows`, each of them once: a part
+    must not be reachable in two ways."""
     if isinstance(value, State):
         value.take_rows(rows)
         return value
     if isinstance(value, Tensor):
         return fn(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        of = {f.name: map_tensors(getattr(value, f.name), fn, rows) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **of)
     if isinstance(value, dict):
         return {key: map_tensors(item, fn, rows) for key, item in value.items()}
     if isinstance(value, list):

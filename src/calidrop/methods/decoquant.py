@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ class Split16(State):
         self.small = (root[..., None] * vectors.transpose(-1, -2)).float()[:, None, None]
         self.inverse = (vectors / root[..., None, :]).float()[:, None, None]
 
+    def where(self, rows: Tensor, other: Split16) -> Split16:
+        """`other` in the marked rows, bool [B]."""
+        new, mark = copy.copy(self), rows[:, None, None, None, None]
+        new.small, new.inverse = (
+            torch.where(mark, b, a) for a, b in ((self.small, other.small), (self.inverse, other.inverse))
+        )
+        return new
+
     def large(self, x: Tensor) -> Tensor:
         """[B,H,N,D] -> its large factor, same shape."""
         return (x.float().unflatten(-1, (-1, CHUNK)) @ self.inverse).flatten(-2)
@@ -48,12 +57,24 @@ class Decomposed(Coded):
         self.bits, self.heads = bits, heads
         self.of_keys: Split16 | None = None
         self.of_values: Split16 | None = None
+        self.missing: Tensor | None = None  # bool [B], rows that have had no token, where others had
 
     def arrive(self, t: Tokens) -> None:
-        if self.of_keys is None:
-            keys, values = (self._gram(x, t.valid) for x in (t.k, t.v))
-            if bool(keys.any()):
-                self.of_keys, self.of_values = Split16(keys), Split16(values)
+        if self.of_keys is not None and self.missing is None:
+            return
+        keys, values = (self._gram(x, t.valid) for x in (t.k, t.v))
+        came = keys.flatten(1).any(1)  # each row has those of its own first tokens
+        if not bool(came.any()):
+            return
+        none = torch.eye(CHUNK, device=keys.device)
+        found = [Split16(torch.where(came[:, None, None], x, none)) for x in (keys, values)]
+        if self.missing is None or self.of_keys is None or self.of_values is None:
+            self.of_keys, self.of_values = found
+            missing = ~came
+        else:
+            new, missing = came & self.missing, self.missing & ~came
+            self.of_keys, self.of_values = self.of_keys.where(new, found[0]), self.of_values.where(new, found[1])
+        self.missing = missing if bool(missing.any()) else None
 
     def _gram(self, x: Tensor, valid: Tensor) -> Tensor:
         rows = (x.float() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]

@@ -20,29 +20,36 @@ class Balanced(Coded):
     def __init__(self, bits: int, channels: int, balancer: bool):
         super().__init__(1)
         self.bits, self.channels, self.balancer = bits, channels, balancer
-        self.q_max: Tensor | None = None  # [B,H,D], over the queries until the first tokens come
+        self.q_max: Tensor | None = None  # [B,Hq,D], over the queries until the first tokens come
         self.balance: Tensor | None = None
+        self.there: Tensor | None = None  # bool [B], rows whose first tokens came, while there are others
+        self.awaiting = True
 
     def observe(self, step: Observation) -> None:
-        if self.balance is not None or not self.balancer:
+        if not self.awaiting or not self.balancer:
             return
         qs = step.queries
         q = qs.q.float().abs() * (qs.pos >= 0)[:, None, :, None]
         self.q_max = q.amax(2) if self.q_max is None else torch.maximum(self.q_max, q.amax(2))  # [B,Hq,D]
 
     def prepare(self, t: Tokens, obs: Observation) -> Tokens:
-        if self.balance is not None:
+        if not self.awaiting:
             return t
         B, H, _, D = t.k.shape
-        if self.q_max is None:
+        if self.balance is None or self.there is None:
             self.balance = torch.ones(B, H, 1, 1, D, device=t.k.device)
-            return t
-        q_max = self.q_max.view(B, H, -1, D).amax(2)
-        k_max = (t.k.float().abs() * t.valid[..., None]).amax(2)
-        ratio = (q_max / k_max).sqrt()
-        ratio = torch.where((q_max > 0) & (k_max > 0), ratio, torch.ones_like(ratio)).clamp(2.0**-10, 2.0**10)
-        self.balance = ratio[:, :, None, None]
-        self.q_max = None
+            self.there = torch.zeros(B, dtype=torch.bool, device=t.k.device)
+        came = t.valid.flatten(1).any(1)
+        if self.q_max is not None:
+            q_max = self.q_max.view(B, H, -1, D).amax(2)
+            k_max = (t.k.float().abs() * t.valid[..., None]).amax(2)
+            ratio = (q_max / k_max).sqrt()
+            ratio = torch.where((q_max > 0) & (k_max > 0), ratio, torch.ones_like(ratio)).clamp(2.0**-10, 2.0**10)
+            new = (came & ~self.there)[:, None, None, None, None]
+            self.balance = torch.where(new, ratio[:, :, None, None], self.balance)
+        self.there = self.there | came
+        if bool(self.there.all()):
+            self.awaiting, self.there, self.q_max = False, None, None
         return t
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:

@@ -34,7 +34,6 @@ class Tiers(Coded):
         assert self.sum is not None
         B, H, _, _, D = k.shape
         importance = self.sum.view(B, H, 1, -1, D).sum(3)  # the mean up to a constant
-        self.sum = None
         span = k.float().amax(3) - k.float().amin(3)  # [B,H,n,D], the rounding step up to a constant
         order = (importance * span).sort(dim=-1, descending=True, stable=True).indices
         sorted_k = k.gather(4, order[:, :, :, None].expand(k.shape))
@@ -46,6 +45,11 @@ class Tiers(Coded):
         if self.values == 16:
             return data | {"v": v}
         return data | _coded("v", v, self.values, self.channels)
+
+    def encoded(self, units: Tensor) -> None:
+        assert self.sum is not None
+        flushed = units.flatten(1).any(1)  # other rows wait for more tokens, and go on
+        self.sum = None if bool(flushed.all()) else self.sum.masked_fill(flushed[:, None, None], 0.0)
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         tiers = [_decoded(data, n, b, self.per).transpose(-1, -2) for n, b in (("k4", 4), ("k", 2)) if n in data]

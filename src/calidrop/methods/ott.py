@@ -24,8 +24,15 @@ class Traced(Coded):
     def __init__(self, bits: int, block: int, channels: int, pool: int, spill: int):
         super().__init__(block)
         self.bits, self.channels, self.size, self.room = bits, channels, pool, spill
-        self.pool, self.spill = Exact(), Exact()
-        self.beside = [self.pool, self.spill] if pool else []
+        self.beside = [Exact(), Exact()] if pool else []
+
+    @property
+    def pool(self) -> Exact:
+        return self.beside[0]
+
+    @property
+    def spill(self) -> Exact:
+        return self.beside[1]
 
     def prepare(self, t: Tokens, obs: Observation) -> Tokens:
         if not self.size:
