@@ -1,8 +1,9 @@
 """What every part of a cache has in common: it holds tensors, and they can be counted, forked and reordered.
 
-Two rules make that possible:
+Three rules make that possible:
 
 * every tensor attribute is batch-first, unless the class overrides `take_rows`;
+* a part is reachable in one way only, else its rows would be taken twice, and a fork would have two of it;
 * tensors are replaced, never changed in place. The one exception is `Buffer`, which writes behind its own length.
   So a fork (a copy of the objects that shares the tensors) is a snapshot, and costs no memory. Of an object with
   buffers and its forks, only one may go on growing: they would write to the same place. (What a recorded step replaced
@@ -68,8 +69,7 @@ def _fork(value: Any) -> Any:
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
-    """Apply `fn` to the tensors inside `value`; nested States reorder themselves with `rows`, each of them once: a part
-    must not be reachable in two ways."""
+    """Apply `fn` to the tensors inside `value`; nested States reorder themselves with `rows`."""
     if isinstance(value, State):
         value.take_rows(rows)
         return value
