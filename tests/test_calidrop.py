@@ -11,6 +11,7 @@ from calidrop.observe import Observation
 from calidrop.offload import HostLog
 from calidrop.ops import cpu
 from calidrop.parallel import HeadGroup
+from calidrop.plugin import PositionMask
 from calidrop.tokens import Tokens
 from helpers import feed, layer_of, random_qkv
 
@@ -295,3 +296,24 @@ def test_both_together_summary_answers_where_the_remembered_answer_is_far():
     _, both = outputs(recipe, qkv, 41)
     _, summary = outputs("snapkv(budget=13, recent=5)+calidrop(offload=False, summary=6)", qkv, 41)
     torch.testing.assert_close(both, summary, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["", "(late=1)", "(decide='layer')"])
+@torch.no_grad()
+def test_a_prompt_of_one_token_is_a_prompt(how):
+    """A second prompt in chunks, one of them a single token, answers and leaves what it does in one piece: exact from
+    the host, though its queries are near to the remembered ones."""
+    q, k, v = random_qkv(2, 2, 3, 180, 32)
+    qkv = q[:, :, :1] + 0.2 * q, k, v
+
+    def chunks(sizes):
+        kv, out = layer_of(f"snapkv(budget=24, recent=8)+calidrop{how}", qkv), []
+        feed(kv, tuple(x[:, :, :101] for x in qkv), [100, 1])
+        for size in sizes:
+            at = kv.state.seen
+            kv.update(k[:, :, at : at + size], v[:, :, at : at + size])
+            out.append(kv.attend(qkv[0][:, :, at : at + size], PositionMask(prompt=True), 32**-0.5, None, None))
+        kv.settle()
+        return torch.cat([*out, feed(kv, tuple(x[:, :, 141:] for x in qkv), [1] * 39)], 2)
+
+    torch.testing.assert_close(chunks([20, 1, 19]), chunks([40]), rtol=1e-4, atol=1e-4)

@@ -26,7 +26,8 @@ SCORE_BYTES = 64 << 20  # the largest block of scores held at once
 class Queries:
     """q: [B,Hq,T,D], rotated. pos: [B,T], -1 for a left pad. scale multiplies logits, softcap (if any) bends them.
     visible replaces the causal rule `key position <= query position` when the model's mask is another one. window: that
-    it is this rule within so many columns, the query's own included (a sliding window)."""
+    it is this rule within so many columns, the query's own included (a sliding window). prompt: whether they are a
+    prompt's, though there may be only one."""
 
     q: Float[Tensor, "B Hq T D"]
     pos: Int[Tensor, "B T"]
@@ -34,13 +35,14 @@ class Queries:
     softcap: float | None = None
     visible: Visible | None = None
     window: int | None = None
+    prompt: bool = False
 
     def __len__(self) -> int:
         return self.q.shape[2]
 
     def slice(self, start: int, stop: int) -> Queries:
         q, pos = self.q[:, :, start:stop], self.pos[:, start:stop]
-        return Queries(q, pos, self.scale, self.softcap, self.visible, self.window)
+        return Queries(q, pos, self.scale, self.softcap, self.visible, self.window, self.prompt)
 
     def last(self, n: int) -> Queries:
         return self.slice(max(0, len(self) - n), len(self))

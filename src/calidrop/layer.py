@@ -263,7 +263,7 @@ class LayerKV(CacheLayerMixin):
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV | None) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""
-        s, mass = self.state, None
+        s, mass, qs = self.state, None, replace(qs, prompt=True)
         parts = s.store.attend(qs) if s.store else []
         if self.reach is not None and len(s.window):
             s.window.append(new)

@@ -219,7 +219,7 @@ class Predicted(Store):
         parts = [part for store in (self.first, self.waiting, self.codec) for part in store.attend(qs)]
         if not self.log.segments:
             return parts
-        if len(qs) == 1 and not self.whole:
+        if len(qs) == 1 and not self.whole and not qs.prompt:
             self.asked = self._fetched()
             return parts + [part for store in self.asked for part in store.attend(qs)]
         self.whole = True
@@ -275,7 +275,7 @@ class Predicted(Store):
         else:
             found = [t for store in fetched for t in store.told(step.heard)]
             self.rows.push(last, pooled_rows(last, found[0], self.sizes.block) if found else None, self.ids)
-        if len(step.queries) == 1:
+        if len(step.queries) == 1 and not step.queries.prompt:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()
 

@@ -126,7 +126,7 @@ class Calibrated(Store):
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         summarised = self.log is None and self.summary is not None
-        exact = len(qs) > 1 and self.log is not None
+        exact = (len(qs) > 1 or qs.prompt) and self.log is not None
         # whatever this process holds: the others may be waiting for its cosines
         near = None if summarised or exact or self._in_kernel(qs) else self._similarity(qs)
         if self.value_dim == 0:
@@ -178,7 +178,7 @@ class Calibrated(Store):
 
     def _in_kernel(self, qs: Queries) -> bool:
         """Whether `_step` can answer these queries."""
-        alone = len(qs) == 1 and self.decide == "head" and not self.late_heads and qs.softcap is None
+        alone = len(qs) == 1 and not qs.prompt and self.decide == "head" and not self.late_heads and qs.softcap is None
         if not alone or self.q is None or not cpu.remembers(qs.q):
             return False
         return self.log is None or all(cpu.recalls(s.data["k"], s.data["v"]) for s in self.log.segments)
