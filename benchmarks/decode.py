@@ -165,7 +165,7 @@ def plot(found: list[Row], title: str, file: Path) -> None:
     batches, names = sorted({row.batch for row in found}), list(dict.fromkeys(row.cache for row in found))
     figure, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches) + 4, 5), sharey=True, squeeze=False,
                                 layout="constrained")  # fmt: skip
-    colours = plt.get_cmap("tab20")
+    colours, lengths = plt.get_cmap("tab20"), sorted({row.context for row in found})
     for ax, batch in zip(axes[0], batches, strict=True):
         for i, name in enumerate(names):
             of = [row for row in found if (row.batch, row.cache) == (batch, name)]
@@ -173,9 +173,7 @@ def plot(found: list[Row], title: str, file: Path) -> None:
             contexts, ms = [r.context for r in of], [r.best_ms for r in of]
             ax.plot(contexts, ms, "-o" if ours else "--x", color=colours(i % 20), label=name)
         ax.set(title=f"batch {batch}", xlabel="context, tokens", xscale="log", yscale="log")
-        ax.set_xticks(
-            sorted({row.context for row in found}), labels=[str(x) for x in sorted({r.context for r in found})]
-        )
+        ax.set_xticks(lengths, labels=map(str, lengths))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(ScalarFormatter())

@@ -74,7 +74,8 @@ def load(
 def check_dtype(dtype: Any) -> None:
     """Raises ValueError for what no model is loaded in."""
     name = str(dtype).removeprefix("torch.")
-    if dtype is not None and name not in DTYPES:
+    known = str(getattr(torch, name, name)).removeprefix("torch.")  # torch has further names, like half
+    if dtype is not None and known not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
 
 
