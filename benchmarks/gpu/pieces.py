@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -52,8 +53,8 @@ def queries(B: int, Hq: int, T: int, D: int, dtype: torch.dtype, device: torch.d
 def stored(name: str, t: Tokens) -> Store:
     B, H, N, D = t.k.shape
     store, none = FORMATS[name](N, D), torch.zeros(B, dtype=torch.long, device=t.k.device)
-    qs = queries(B, H, 1, D, t.k.dtype, t.k.device)
-    seen = Observation(qs, torch.zeros(B, H, 1, device=t.k.device), none + N, none, prompt=True)
+    qs = replace(queries(B, H, 1, D, t.k.dtype, t.k.device), prompt=True)
+    seen = Observation(qs, torch.zeros(B, H, 1, device=t.k.device), none + N, none)
     store.observe(seen)
     store.add(t, seen)
     return store

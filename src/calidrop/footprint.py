@@ -68,7 +68,7 @@ class Prompt:
         """The last n of the context; every kv head of `heads` has the same."""
         q = self._random(self.group, n, self.k.shape[-1]).to(self.k.dtype).repeat(1, heads, 1, 1)
         pos = torch.arange(context - n, context, dtype=torch.int32)[None]
-        return Queries(q, pos, self.k.shape[-1] ** -0.5)
+        return Queries(q, pos, self.k.shape[-1] ** -0.5, prompt=True)
 
     def run(self, plan: Plan, reach: int | None, context: int, heads: int) -> LayerState:
         """The state of a layer of `heads` equal heads after a prompt of `context` tokens, as `LayerKV.attend` leaves
@@ -84,7 +84,7 @@ class Prompt:
         if s.store is not None:
             qs = self.queries(min(plan.observe, context), context, heads)
             lse = torch.full(qs.q.shape[:3], math.log(context))
-            step = Observation(qs, lse, s.context, s.start, prompt=True)
+            step = Observation(qs, lse, s.context, s.start)
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}

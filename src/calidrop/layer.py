@@ -209,7 +209,7 @@ class LayerKV(CacheLayerMixin):
         assert not self.state.seen
         self._expect(new)
         self.state.window.append(new)
-        self._prompted(qs, lse, mass)
+        self._prompted(replace(qs, prompt=True), lse, mass)
         self.settle()
 
     def _expect(self, new: Tokens) -> None:
@@ -263,7 +263,8 @@ class LayerKV(CacheLayerMixin):
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV | None) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""
-        s, mass, qs = self.state, None, replace(qs, prompt=True)
+        s, mass = self.state, None
+        qs = replace(qs, prompt=not (self.replay and s.seen))
         parts = s.store.attend(qs) if s.store else []
         if self.reach is not None and len(s.window):
             s.window.append(new)
@@ -320,7 +321,7 @@ class LayerKV(CacheLayerMixin):
         s.seen += len(qs)
         if s.store is not None:
             assert s.context is not None and s.start is not None
-            step = Observation(qs, lse, s.context, s.start, prompt=s.steps == 0, mass=mass, heard=heard)
+            step = Observation(qs, lse, s.context, s.start, mass=mass, heard=heard)
             s.store.observe(step)
             for score in s.store.trackers():
                 t = s.window.tokens()

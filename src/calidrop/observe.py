@@ -19,21 +19,24 @@ class Observation(State):
     """Queries [B,Hq,W,D] with their log-sum-exp over everything they saw.
 
     lse: fp32 [B,Hq,W]. context: int64 [B], the real tokens of the sequence up to the end of its last prompt.
-    start: int64 [B], the column of its first real token (the number of left pads). prompt: whether the queries (their
-    last one) are of a prompt, not of generated tokens. soft: the same of soft tokens behind the prompt, for methods
-    that have some; it goes when other queries follow. mass: what `total_weights` says of the first columns of the
-    cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way. heard: the logits that attention
-    left of one query, of some of what it asked: `ops.Heard`.
+    start: int64 [B], the column of its first real token (the number of left pads). soft: the same of soft tokens behind
+    the prompt, for methods that have some; it goes when other queries follow. mass: what `total_weights` says of the
+    first columns of the cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way. heard: the
+    logits that attention left of one query, of some of what it asked: `ops.Heard`.
     """
 
     queries: Queries
     lse: Float[Tensor, "B Hq W"]
     context: Int[Tensor, " B"]
     start: Int[Tensor, " B"]
-    prompt: bool = False
     soft: Observation | None = None
     mass: Float[Tensor, "B H N"] | None = None
     heard: ops.Heard | None = None
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the queries (their last one) are of a prompt, not of generated tokens."""
+        return self.queries.prompt
 
     @property
     def length(self) -> Int[Tensor, " B"]:
@@ -95,12 +98,12 @@ class Observation(State):
         q = torch.cat([old.queries.q, new.queries.q], 2)
         pos = torch.cat([old.queries.pos, new.queries.pos], 1)
         lse = torch.cat([old.lse, new.lse], 2)
-        return new._of(Queries(q, pos, new.queries.scale, new.queries.softcap), lse)
+        return new._of(replace(new.queries, q=q, pos=pos, visible=None, window=None), lse)
 
     def copied(self) -> Observation:
         """Holds only its own queries (a slice would keep the whole prompt's alive), and nothing of their step."""
         qs = self.queries
-        own = Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
+        own = replace(qs, q=qs.q.clone(), pos=qs.pos.clone(), visible=None, window=None)
         return self._of(own, self.lse.clone())
 
     def _of(self, queries: Queries, lse: Tensor) -> Observation:
@@ -110,7 +113,7 @@ class Observation(State):
     def take_rows(self, rows: Tensor) -> None:
         qs = self.queries
         rows = rows.to(qs.q.device)
-        self.queries = Queries(qs.q[rows], qs.pos[rows], qs.scale, qs.softcap, qs.visible)
+        self.queries = replace(qs, q=qs.q[rows], pos=qs.pos[rows])
         self.lse, self.context, self.start = self.lse[rows], self.context[rows], self.start[rows]
         if self.soft is not None:
             self.soft.take_rows(rows)

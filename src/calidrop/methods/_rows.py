@@ -37,12 +37,6 @@ class Rows(State):
             self.history = t.k.new_zeros(*t.k.shape[:2], self.size, 0, dtype=torch.float32)
             self.net = self.network(t.k.device)
 
-    def shape(self, span: int) -> tuple[int, int, int]:
-        """B, H, spans"""
-        assert self.history is not None
-        B, H, _, blocks = self.history.shape
-        return B, H, blocks * self.block // span
-
     def join(self, t: Tokens, full: Tensor, before: Tensor, obs: Observation) -> None:
         """Columns of new blocks: the spans marked in `full` (bool [B,H,spans]), behind the `before` [B] that are there.
 

@@ -275,7 +275,7 @@ class Predicted(Store):
         else:
             found = [t for store in fetched for t in store.told(step.heard)]
             self.rows.push(last, pooled_rows(last, found[0], self.sizes.block) if found else None, self.ids)
-        if len(step.queries) == 1 and not step.queries.prompt:
+        if len(step.queries) == 1 and not step.prompt:
             self.steps, self.since = self.steps + 1, self.since + 1
             self._look_ahead()
 

@@ -22,34 +22,37 @@ class Balanced(Coded):
         self.bits, self.channels, self.balancer = bits, channels, balancer
         self.q_max: Tensor | None = None  # [B,Hq,D], over the queries until the first tokens come
         self.balance: Tensor | None = None
-        self.there: Tensor | None = None  # bool [B], rows whose first tokens came, while there are others
-        self.awaiting = True
+        self.missing: Tensor | None = None  # bool [B], rows that have had no token, where others had
+
+    @property
+    def settled(self) -> bool:
+        return self.balance is not None and self.missing is None
 
     def observe(self, step: Observation) -> None:
-        if not self.awaiting or not self.balancer:
+        if self.settled or not self.balancer:
             return
         qs = step.queries
         q = qs.q.float().abs() * (qs.pos >= 0)[:, None, :, None]
         self.q_max = q.amax(2) if self.q_max is None else torch.maximum(self.q_max, q.amax(2))  # [B,Hq,D]
 
     def prepare(self, t: Tokens, obs: Observation) -> Tokens:
-        if not self.awaiting:
+        if self.settled:
             return t
         B, H, _, D = t.k.shape
-        if self.balance is None or self.there is None:
+        if self.balance is None or self.missing is None:
             self.balance = torch.ones(B, H, 1, 1, D, device=t.k.device)
-            self.there = torch.zeros(B, dtype=torch.bool, device=t.k.device)
+            self.missing = torch.ones(B, dtype=torch.bool, device=t.k.device)
         came = t.valid.flatten(1).any(1)
         if self.q_max is not None:
             q_max = self.q_max.view(B, H, -1, D).amax(2)
             k_max = (t.k.float().abs() * t.valid[..., None]).amax(2)
             ratio = (q_max / k_max).sqrt()
             ratio = torch.where((q_max > 0) & (k_max > 0), ratio, torch.ones_like(ratio)).clamp(2.0**-10, 2.0**10)
-            new = (came & ~self.there)[:, None, None, None, None]
+            new = (came & self.missing)[:, None, None, None, None]
             self.balance = torch.where(new, ratio[:, :, None, None], self.balance)
-        self.there = self.there | came
-        if bool(self.there.all()):
-            self.awaiting, self.there, self.q_max = False, None, None
+        self.missing = self.missing & ~came
+        if not bool(self.missing.any()):
+            self.missing = self.q_max = None
         return t
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:

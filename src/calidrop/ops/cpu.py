@@ -57,7 +57,9 @@ class Kernel:
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
         self.network, self.weights = library.calidrop_network, library.calidrop_weights
-        self.remember, self.follow = library.calidrop_remember, library.calidrop_follow
+        self.remember, self.follow, self.exchange = (
+            library.calidrop_remember, library.calidrop_follow, library.calidrop_exchange,
+        )  # fmt: skip
         self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
@@ -69,10 +71,11 @@ class Kernel:
             *(ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i32, ctypes.c_double),
             *[ptr] * 5, real, *[ptr] * 3, i32,
         ]  # fmt: skip
-        self.exchange = library.calidrop_exchange
         self.exchange.argtypes = [ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i64, ptr, i64, ptr, i32]
-        functions = self.decode, self.columns, self.prompt, self.alike, self.network, self.weights, self.remember
-        for function in (*functions, self.follow, self.exchange):
+        for function in (
+            *(self.decode, self.columns, self.prompt, self.alike, self.network),
+            *(self.weights, self.remember, self.follow, self.exchange),
+        ):
             function.restype = None
 
 

@@ -46,6 +46,7 @@ def follow(
     history, weights, sums = history.contiguous(), weights.contiguous(), sums.contiguous()
     real, ids = (None if x is None else x.contiguous() for x in (real, ids))
     spans = 0 if ids is None else ids.shape[2]
+    assert ids is None or spans, "no address says that there are no ids"
     moved, later, row = torch.empty_like(history), torch.empty_like(sums), torch.empty(B, H, C)
     at, there = (None if x is None else x.data_ptr() for x in (ids, real))
     cpu.kernel().follow(
