@@ -247,16 +247,14 @@ class LayerKV(CacheLayerMixin):
     def _answer(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
         s = self.state
         parts = s.store.attend(qs) if s.store else []
-        s.window.append(new)
-        held = s.window.tokens()
+        last = None
         if self.column is None and qs.window is not None and qs.window == self.reach:
             # every column came, so what the mask says is: the last ones
-            held, qs = held.slice(max(0, len(held) - qs.window)), replace(qs, visible=None, window=None)
-        parts = [*parts, ops.piece(held)]
-        backend = ops.pick(qs, parts)
-        self.by = backend.name
+            last, qs = qs.window, replace(qs, visible=None, window=None)
         heard = ops.Heard() if s.store is not None and s.store.listens else None
-        o, lse = with_sink(qs, backend.decode(qs, parts, heard), sink)
+        dtype = qs.q.dtype if sink is None else torch.float32
+        answer, self.by = ops.step(qs, new, s.window, parts, heard, last, dtype)
+        o, lse = with_sink(qs, answer, sink)
         s.steps, s.age = s.steps + 1, s.age + 1
         self._saw(qs, lse, heard=heard)
         return o

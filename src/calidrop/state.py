@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,31 @@ class Shared(State):
 
     def take_rows(self, rows: Tensor) -> None:
         pass
+
+
+class Note:
+    """What follows from where some tensors lie, and what it follows from: good for as long as they are the same
+    tensors. It keeps none of them alive, and it may be handed on with any of them."""
+
+    def __init__(self) -> None:
+        self._of: list[weakref.ref[Tensor]] = []
+        self._asked: Any = None
+        self._said: Any = None
+
+    def get(self, of: Sequence[Tensor], asked: Any) -> Any:
+        """What was put down of these tensors for the same question; None if nothing was."""
+        if self._asked != asked or len(self._of) != len(of):
+            return None
+        for ref, x in zip(self._of, of, strict=True):
+            if ref() is not x:
+                return None
+        return self._said
+
+    def put(self, of: Sequence[Tensor], asked: Any, said: Any) -> None:
+        self._of, self._asked, self._said = [weakref.ref(x) for x in of], asked, said
+
+    def __deepcopy__(self, memo: dict) -> Note:
+        return Note()
 
 
 def _fork(value: Any) -> Any:
@@ -126,7 +152,7 @@ def outline(value: Any) -> Any:
     """All that a recorded step takes for granted: shapes, and what is kept in Python, but for what only counts."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    if isinstance(value, Host | Shared):
+    if isinstance(value, Host | Shared | Note):
         return None
     if isinstance(value, State):
         return [type(value), *((n, outline(x)) for n, x in vars(value).items() if n not in value.counts)]
@@ -160,6 +186,11 @@ class Buffer(State):
 
     def append(self, x: Tensor) -> None:
         """x: [B,H,T,...]"""
+        at = self.len
+        self.grow(x)[:, :, at : self.len] = x
+
+    def grow(self, x: Tensor) -> Tensor:
+        """Lets x [B,H,T,...] in, which the caller writes behind what there is. -> the memory [B,H,room,...]."""
         need = self.len + x.shape[2]
         if self.data is None or need > self.data.shape[2]:
             room = need + min(max(need // 32, 16), 512)
@@ -167,8 +198,8 @@ class Buffer(State):
             if self.data is not None:
                 grown[:, :, : self.len] = self.data[:, :, : self.len]
             self.data = grown
-        self.data[:, :, self.len : need] = x
         self.len = need
+        return self.data
 
     def put(self, x: Tensor, slot: Tensor) -> None:
         """x: [B,H,1,...], to a slot (int64 [1], on the device) of the memory there is."""
@@ -187,12 +218,13 @@ class Ragged(State):
     """Columns whose length differs from one (row, head) to the next, at the memory of what is really there.
 
     data: name -> [B,H,n,...] while all lengths are equal, flat [sum(lens),...] in (row, head) order once they differ.
-    lens: int64 [B,H].
+    lens: int64 [B,H]. note: for who reads them where they lie.
     """
 
     def __init__(self, data: dict[str, Tensor], keep: Tensor, own: bool = False):
         """data: name -> [B,H,N,...]; keep: bool [B,H,N]. Keeps the marked slots, in order. own: the data is nobody
         else's and need not be copied if all of it stays."""
+        self.note = Note()
         self.lens = keep.sum(-1)
         self.longest = int(self.lens.max()) if keep.numel() else 0
         self.uniform = bool((self.lens == self.longest).all())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calidrop.state import Buffer, State
+from calidrop.state import Buffer, Note, State
 from calidrop.tokens import Tokens
 
 
@@ -19,6 +19,7 @@ class Window(State):
         self.stats: dict[str, Tensor] = {}
         self.dense = True
         self.slot: Tensor | None = None  # int64 [1]: where the next token goes, while it is fixed
+        self.note = Note()  # of its memory
 
     def __len__(self) -> int:
         return self.pos.len
@@ -37,11 +38,18 @@ class Window(State):
             self.stats = {n: s.index_fill(2, self.slot, 0) for n, s in self.stats.items()}
             self.slot.add_(1)
             return
-        self.k.append(t.k)
-        self.v.append(t.v)
-        self.pos.append(t.pos)
+        at = len(self)
+        for room, x in zip(self.grow(t), (t.k, t.v, t.pos), strict=True):
+            room[:, :, at : len(self)] = x
+
+    def grow(self, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Lets tokens in, whose keys, values and positions the caller writes behind what there is. -> the memory of
+        all, [B,H,room,...]."""
+        room = self.k.grow(t.k), self.v.grow(t.v), self.pos.grow(t.pos)
         self.dense = self.dense and t.dense
-        self.stats = {n: F.pad(s, (0, t.pos.shape[2])) for n, s in self.stats.items()}
+        if self.stats:
+            self.stats = {n: F.pad(s, (0, t.pos.shape[2])) for n, s in self.stats.items()}
+        return room
 
     def tokens(self) -> Tokens:
         if self.slot is not None:

@@ -16,6 +16,7 @@ from calidrop.attention import attend as oracle
 from calidrop.ops import cpu, gpu
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
+from calidrop.window import Window
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Partial | None:
@@ -213,6 +214,23 @@ def _merged(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None =
 def joined(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     """The answer of the union of disjoint sets. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]."""
     return pick(qs, parts).decode(qs, parts)
+
+
+def step(
+    qs: Queries, new: Tokens, window: Window, parts: Sequence[Partial | Piece], heard: Heard | None = None,
+    last: int | None = None, dtype: torch.dtype = torch.float32,
+) -> tuple[Partial, str]:  # fmt: skip
+    """Lets a generated token into the window, and answers its query over disjoint `parts` and the window's last columns
+    (None: all of them). -> o [B,Hq,1,Dv], of that dtype where a kernel can say it so, else fp32; lse [B,Hq,1]; and who
+    answered."""
+    if cpu.takes(qs, new, window) and not _triton(new.k.device):
+        if not any(isinstance(p, Piece) and cpu.unread(p, qs) for p in parts):
+            return cpu.step(qs, new, window, parts, heard, last, dtype), CPU.name
+    window.append(new)
+    held = window.tokens()
+    parts = [*parts, piece(held if last is None else held.slice(max(0, len(held) - last)))]
+    backend = pick(qs, parts)
+    return backend.decode(qs, parts, heard), backend.name
 
 
 def backend(device: torch.device) -> str:

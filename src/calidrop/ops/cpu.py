@@ -20,10 +20,10 @@ from calidrop.attention import Partial, Queries
 from calidrop.ops import build, piece
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
+from calidrop.window import Window
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)  # what there are loops for: narrower rows are filled up
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "per group": 4, "e4m3": 5, "tiers": 6}
-ANSWERED = 3
+KINDS = {"exact": 0, "per token": 1, "per channel": 2, "answered": 3, "per group": 4, "e4m3": 5, "tiers": 6}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ARRAYS = (
     *("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero"),
@@ -35,9 +35,13 @@ class _Array(ctypes.Structure):
     _fields_ = [("p", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("row", "head", "slot"))]
 
 
-# struct Piece of pieces.h. Packed at once: filling a ctypes.Structure field by field takes three times as long.
-_PIECE = struct.Struct("@10i2Qq3Qq" + "Q3q" * len(ARRAYS))
+# Asked and Piece of pieces.h, a Piece in two: what is of a call, and what is stored. Packed at once: filling a
+# ctypes.Structure field by field takes three times as long.
+_ASKED = struct.Struct("@5Q2q7i2f" + "Q3q" * 4)
+_NOW = struct.Struct("@2QqQ2qi")
+_STORED = struct.Struct("=9i2Q" + "Q3q" * len(ARRAYS))
 _PLACE = {name: 4 * i for i, name in enumerate(ARRAYS)}
+_NONE_NEW = (0,) * 16
 
 
 class Kernel:
@@ -60,7 +64,7 @@ class Kernel:
         self.remember, self.follow, self.exchange = (
             library.calidrop_remember, library.calidrop_follow, library.calidrop_exchange,
         )  # fmt: skip
-        self.decode.argtypes = [ptr, ptr, ptr, i64, i64, i32, i32, real, real, ptr, i32, i32]
+        self.decode.argtypes = [ptr]
         self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
@@ -123,15 +127,48 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
     heard: gets the logits of all pieces, if there is one query."""
     B, Hq, T, _ = qs.q.shape
     first = next(p for p in parts if isinstance(p, Piece))
-    H, Dv = first.heads, first.value_dim
-    q = qs.q.float().contiguous()
-    out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
+    out, lse = torch.empty(B, Hq, T, first.value_dim), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
-    told = [_told(p, q, keep, heard if T == 1 else None) for p in parts]
-    kernel().decode(
-        out.data_ptr(), lse.data_ptr(), None, B, H, Hq // H * T, Dv,
-        qs.scale, qs.softcap or 0.0, _behind(told), len(told), torch.get_num_threads(),
-    )  # fmt: skip
+    told = [_told(p, qs.q, keep, heard if T == 1 else None) for p in parts]
+    _ask(qs.q, first.heads, qs.scale, qs.softcap, told, out, lse)
+    return out, lse
+
+
+def takes(qs: Queries, new: Tokens, window: Window) -> bool:
+    """Whether `step` can write a token behind such a window, and answer its query."""
+    k, v, there = new.k, new.v, window.k.data
+    if len(qs) > 1 or there is None or window.slot is not None or k.requires_grad or refusal(qs):
+        return False
+    known = k.dtype == v.dtype == there.dtype and k.dtype in DTYPES and max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1]
+    return known and k.stride(-1) == v.stride(-1) == 1 and new.pos.dtype == torch.int32 and k.device.type == "cpu"
+
+
+def step(
+    qs: Queries, new: Tokens, window: Window, parts: Sequence[Partial | Piece], heard: Heard | None, last: int | None,
+    dtype: torch.dtype,
+) -> Partial:  # fmt: skip
+    """`decode` of one query over `parts` and the last columns of a window (None: all of them), to which the new token
+    is written first. -> o [B,Hq,1,Dv] of that dtype (or fp32), lse [B,Hq,1]."""
+    B, Hq, _, D = qs.q.shape
+    H, Dv = new.v.shape[1], new.v.shape[-1]
+    memory = window.grow(new)
+    known = window.note.get(memory, window.dense)
+    if known is None:
+        columns = dict(zip(("k", "v", "pos")[: 2 if window.dense else 3], map(_strided, memory), strict=False))
+        known = _stored(columns, "exact", DTYPES[new.k.dtype]), _strided(memory[2])
+        window.note.put(memory, window.dense, known)
+    stored, at = known
+    n = len(window)
+    skip = 0 if last is None else max(0, n - last)
+    logits, room = 0, 0
+    if heard is not None:
+        logits, room = heard.room_for(memory[1], (B, H, Hq // H, n - skip)).data_ptr(), n - skip
+    out = torch.empty(B, Hq, 1, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    lse, keep = torch.empty(B, Hq, 1), []
+    told = [_told(p, qs.q, keep, heard) for p in parts]
+    told.append(_NOW.pack(0, logits, room, 0, n - skip, skip, D) + stored)
+    coming = *_strided(new.k), *_strided(new.v), *_strided(new.pos), *at
+    _ask(qs.q, H, qs.scale, qs.softcap, told, out, lse, coming=coming)
     return out, lse
 
 
@@ -147,16 +184,9 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
     -> o [P,G,Dv], lse [P,G], the weighted mean key [P,G,D], fp32."""
     P, G, D = q.shape
     Dv = lists[0][1].shape[-1]
-    q = q.float().contiguous()
     out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
-    told = []
-    for k, v, starts, lens in lists:
-        at = q.data_ptr(), lens.data_ptr(), starts.data_ptr()
-        told.append(_packed({"k": _flat(k), "v": _flat(v)}, KINDS["exact"], DTYPES[k.dtype], width=D, at=at))
-    kernel().decode(
-        out.data_ptr(), lse.data_ptr(), mean.data_ptr(), P, 1, G, Dv, scale, 0.0, _behind(told), len(told),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    told = [_listed(k, v, lens, starts) for k, v, starts, lens in lists]
+    _ask(q, 1, scale, None, told, out, lse, mean)
     return out, lse, mean
 
 
@@ -183,13 +213,10 @@ def remembered(
     new = tuple(torch.empty_like(x) for x in old)
     said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
     counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
-    told = []
-    for k, v, lens in lists:
-        at = 0, lens.data_ptr(), 0
-        told.append(_packed({"k": _flat(k), "v": _flat(v)}, KINDS["exact"], DTYPES[k.dtype], width=D, at=at))
+    told = [_listed(*x) for x in lists]
     kernel().remember(
         q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
-        _behind(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
+        b"".join(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
         torch.get_num_threads(),
     )  # fmt: skip
     return (new if asked[0] else None), said, applied, counts  # type: ignore[return-value]
@@ -288,42 +315,71 @@ def _flat(x: Tensor) -> _Place:
     return x.data_ptr(), 0, 0, x.stride(0) * x.element_size()
 
 
-def _packed(
-    columns: dict[str, _Place], kind: int, dtype: int = 0, bits: int = 0, group: int = 1, channels: int = 0,
-    rotate: bool = False, width: int = 0, tiers: tuple[int, int, int] = (0, 0, 0), mix: int = 0, slots: int = 0,
-    at: tuple[int, int, int] = (0, 0, 0), heard: tuple[int, int] = (0, 0),
+def _stored(
+    columns: dict[str, _Place], kind: str, dtype: int = 0, bits: int = 0, group: int = 1, channels: int = 0,
+    rotate: bool = False, tiers: tuple[int, int, int] = (0, 0, 0), lens: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> bytes:  # fmt: skip
-    """at: where queries, lens and starts lie. heard: where logits go, and how many of a query."""
     arrays = [0] * (4 * len(ARRAYS))
     for name, place in columns.items():
         arrays[_PLACE[name] : _PLACE[name] + 4] = place
-    q, lens, starts = at
-    sizes = kind, dtype, bits, group, channels, rotate, width, *tiers
-    return _PIECE.pack(*sizes, q, mix, slots, lens, starts, *heard, *arrays)
+    of = (0 if x is None else x.data_ptr() for x in (lens, starts))
+    return _STORED.pack(KINDS[kind], dtype, bits, group, channels, rotate, *tiers, *of, *arrays)
 
 
-def _behind(told: Sequence[bytes]) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(b"".join(told), _PIECE.size * len(told))
+def _listed(k: Tensor, v: Tensor, lens: Tensor, starts: Tensor | None = None) -> bytes:
+    """Exact tokens k [slots,D] and v [slots,Dv], of which each (row, head) has some; asked by the queries of a call."""
+    columns = {"k": _flat(k), "v": _flat(v)}
+    now = _NOW.pack(0, 0, 0, 0, 0, 0, k.shape[-1])
+    return now + _stored(columns, "exact", DTYPES[k.dtype], lens=lens, starts=starts)
 
 
 def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard | None) -> bytes:
-    """q: of pieces that have none of their own. keep: tensors made on the way, which must outlive the call."""
+    """q: of the call. keep: tensors made on the way, which must outlive it."""
     if not isinstance(part, Piece):
         o, lse = (x.float().contiguous() for x in part)
         keep += [o, lse]
-        return _packed({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, ANSWERED)
+        return _NOW.pack(*[0] * 7) + _stored({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, "answered")
+    own, width = 0, q.shape[-1]
     if part.q is not None:
-        q = part.q.float().contiguous()
-        keep.append(q)
-    flat = part.lens is not None
-    first = part.columns["k16" if part.kind == "tiers" else "k"]
-    logits = (0, 0)
+        asking = part.q.float().contiguous()
+        keep.append(asking)
+        own, width = asking.data_ptr(), asking.shape[-1]
+    logits, room = 0, 0
     if heard is not None:
         found = heard.room(part, len(q), q.shape[1] // part.heads)
-        logits = found.data_ptr(), found.shape[-1]
-    return _packed(
-        {name: _flat(x) if flat else _strided(x) for name, x in part.columns.items()},
-        KINDS[part.kind], DTYPES.get(first.dtype, 0), part.bits, part.group, part.channels, part.rotate, q.shape[-1],
-        part.tiers, 0 if part.mix is None else part.mix.data_ptr(), 0 if flat else first.shape[2],
-        (q.data_ptr(), part.lens.data_ptr() if part.lens is not None else 0, 0), logits,
+        logits, room = found.data_ptr(), found.shape[-1]
+    mix = 0 if part.mix is None else part.mix.data_ptr()
+    return _NOW.pack(own, logits, room, mix, part.slots, 0, width) + _of(part)
+
+
+def _of(part: Piece) -> bytes:
+    """What is stored of it."""
+    layout = part.kind, part.bits, part.group, part.channels, part.rotate, part.tiers
+    tensors = [*part.columns.values()] if part.lens is None else [*part.columns.values(), part.lens]
+    found = part.note.get(tensors, layout) if part.note is not None else None
+    if found is None:
+        place = _strided if part.lens is None else _flat
+        first = part.columns["k16" if part.kind == "tiers" else "k"]
+        columns = {name: place(x) for name, x in part.columns.items()}
+        kind, *how = layout
+        found = _stored(columns, kind, DTYPES.get(first.dtype, 0), *how, lens=part.lens)
+        if part.note is not None:
+            part.note.put(tensors, layout, found)
+    return found
+
+
+def _ask(
+    q: Tensor, heads: int, scale: float, softcap: float | None, told: list[bytes], out: Tensor, lse: Tensor,
+    mean: Tensor | None = None, coming: tuple[int, ...] = _NONE_NEW,
+) -> None:  # fmt: skip
+    """Fills out, lse and mean. q: [B,...,D], of `heads` kv heads one behind the other. coming: where keys, values and
+    positions of new tokens lie, and where positions go."""
+    q = (q if q.dtype in (torch.float32, torch.bfloat16) else q.float()).contiguous()
+    B, D, Dv = len(q), q.shape[-1], out.shape[-1]
+    head = _ASKED.pack(
+        q.data_ptr(), out.data_ptr(), lse.data_ptr(), 0 if mean is None else mean.data_ptr(), 0, B, heads,
+        lse.numel() // (B * heads), D, Dv, len(told), torch.get_num_threads(), DTYPES[q.dtype], DTYPES[out.dtype],
+        scale, softcap or 0.0, *coming,
     )  # fmt: skip
+    kernel().decode(b"".join((head, *told)))

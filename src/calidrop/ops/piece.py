@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
-from calidrop.state import Ragged
+from calidrop.state import Note, Ragged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_QUERIES = 8
@@ -25,11 +25,11 @@ class Heard:
 
     def room(self, p: Piece, rows: int, group: int) -> Tensor:
         """For what a kernel finds of a piece's tokens. Where heads differ, nobody writes what they do not have."""
-        v = p.columns["v"]
-        logits = torch.empty(rows, p.heads, group, p.slots * p.group, device=v.device)
-        if p.lens is not None:
-            logits.fill_(float("-inf"))
-        self.found[v.data_ptr()] = logits
+        logits = self.room_for(p.columns["v"], (rows, p.heads, group, p.slots * p.group))
+        return logits if p.lens is None else logits.fill_(float("-inf"))
+
+    def room_for(self, values: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        logits = self.found[values.data_ptr()] = torch.empty(shape, device=values.device)
         return logits
 
     def of(self, values: Tensor, slots: int) -> Tensor | None:
@@ -38,7 +38,7 @@ class Heard:
         return logits if logits is not None and logits.shape[-1] == slots else None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # one is made per store and step, and frozen ones are made in three times as long
 class Piece:
     """A set of tokens that are all visible to the queries, and `answer`, which asks them in plain torch.
 
@@ -52,7 +52,8 @@ class Piece:
     (row, head) one behind the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate:
     whether codes are of channels behind a Hadamard rotation. q: queries of its own [B,Hq,T,D'], where keys have only
     some of the model's channels or others units; `answer` is asked with the whole queries nevertheless. mix: fp32
-    [B,channels,channels], what every `channels` channels of an answer to per-token codes are multiplied with."""
+    [B,channels,channels], what every `channels` channels of an answer to per-token codes are multiplied with. note: of
+    columns that will be asked again, for a kernel's use."""
 
     kind: str
     columns: dict[str, Tensor]
@@ -68,6 +69,7 @@ class Piece:
     q: Tensor | None = None
     mix: Tensor | None = None
     tiers: tuple[int, int, int] = (0, 0, 0)
+    note: Note | None = None
 
     def queries(self, qs: Queries) -> Tensor:
         """What is multiplied with the keys."""
@@ -82,8 +84,9 @@ class Piece:
         width = held.data["v"].shape[-1] * 8 // layout.get("bits", 8)
         heads = held.lens.shape[1]
         return Piece(
-            columns=columns, lens=lens, heads=heads, value_dim=width, answer=answer, slots=held.longest, **layout
-        )
+            columns=columns, lens=lens, heads=heads, value_dim=width, answer=answer, slots=held.longest,
+            note=held.note, **layout,
+        )  # fmt: skip
 
     def pitch(self) -> tuple[int, int] | None:
         """How many slots lie between two rows and between two heads, the same for every column; (0, 0) where heads lie

@@ -1,6 +1,7 @@
 // How tensors come in.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 namespace calidrop {
 
@@ -11,6 +12,20 @@ struct Array {
 inline const char* at_head(const Array& x, int64_t b, int64_t h) { return x.p + b * x.row + h * x.head; }
 
 enum Dtype { F32, BF16, F16 };
+
+// a number in the upper half of an fp32, and back to the nearest such
+inline float of_bfloat(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline uint16_t bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;  // adding would make another number of it
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 }  // namespace calidrop
 using namespace calidrop;

@@ -21,14 +21,38 @@ int width(const Piece& x, int D) {
   return x.bits == 8 ? width_of<Codes<8>>(D) : x.bits == 4 ? width_of<Codes<4>>(D) : width_of<Codes<2>>(D);
 }
 
+// the new token of every (row, head) to its place
+void take_in(const Asked& a, const Piece& x) {
+  const int64_t slot = x.skip + x.slots - 1, size = x.dtype == F32 ? 4 : 2;
+  const auto copy = [&](const Array& to, const Array& from, int64_t bytes, int64_t b, int64_t h) {
+    std::memcpy(const_cast<char*>(at_head(to, b, h)) + slot * to.slot, at_head(from, b, h), bytes);
+  };
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t h = 0; h < a.H; ++h) {
+      copy(x.k, a.k, x.D * size, b, h), copy(x.v, a.v, a.Dv * size, b, h);
+      copy(a.at, a.pos, sizeof(int32_t), b, h);
+    }
+}
+
+void put(char* first, int64_t i, int32_t dtype, float x) {
+  if (dtype == F32)
+    reinterpret_cast<float*>(first)[i] = x;
+  else
+    reinterpret_cast<uint16_t*>(first)[i] = bfloat(x);
+}
+
 }  // namespace
 
-// out [B,H,R,Dv], lse [B,H,R] fp32; mean [B,H,R,D] or null, the weighted mean key, of exact pieces alone. Every
-// (row, head) is cut into `splits` tasks of about equal length.
-extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, int64_t H, int32_t R, int32_t Dv, float scale,
-                                float softcap, const Piece* pieces, int32_t count, int32_t threads) {
-  const Call c{out, lse, mean, B, H, R, Dv, scale, softcap};
-  const int64_t heads = B * H;
+// Every (row, head) is cut into `splits` tasks of about equal length.
+extern "C" void calidrop_decode(const Asked* asked) {
+  const Asked& a = *asked;
+  const Piece* pieces = a.pieces ? a.pieces : reinterpret_cast<const Piece*>(asked + 1);
+  const int64_t H = a.H, heads = a.B * H;
+  const int R = a.R, Dv = a.Dv, count = a.count;
+  std::vector<float> floats(a.q_dtype == F32 ? 0 : heads * R * a.D);
+  for (size_t i = 0; i < floats.size(); ++i) floats[i] = of_bfloat(load<uint16_t>(a.q + 2 * i));
+  const Call c{floats.empty() ? reinterpret_cast<const float*>(a.q) : floats.data(), H, R, Dv, a.scale, a.softcap};
+  if (a.k.p) take_in(a, pieces[count - 1]);
   std::vector<int64_t> slots(heads, 0), starts(heads * count, 0);
   int64_t longest = 0;
   int D = 0, wide = 0, v_wide = Dv;
@@ -48,11 +72,11 @@ extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, 
     }
     longest = std::max(longest, slots[i]);
   }
-  int64_t splits = heads % threads == 0 && heads >= threads ? 1 : (4 * threads + heads - 1) / heads;
+  int64_t splits = heads % a.threads == 0 && heads >= a.threads ? 1 : (4 * a.threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, longest / 256));
-  const Answer nothing(R, v_wide, mean ? wide : 0);
+  const Answer nothing(R, v_wide, a.mean ? wide : 0);
   std::vector<Answer> answers(heads * splits, nothing);
-  each(heads * splits, threads, [&] { return nothing; }, [&](int64_t task, Answer& heard) {
+  each(heads * splits, a.threads, [&] { return nothing; }, [&](int64_t task, Answer& heard) {
     const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;
     Answer& mine = answers[task];
     const int64_t first = slots[bh] * part / splits, last = slots[bh] * (part + 1) / splits;
@@ -79,21 +103,22 @@ extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, 
       const int64_t from = first <= at ? 0 : begin(first), to = last <= at ? 0 : begin(last);
       at += n * x.group;
       if (from >= to) continue;
-      ask(c, x, {b, h, x.lens ? starts[p * heads + bh] : 0, from, to}, heard);
+      ask(c, x, {b, h, x.lens ? starts[p * heads + bh] : x.skip, from, to}, heard);
       for (int r = 0; r < R; ++r) mine.join(r, heard);
     }
   });
   for (int64_t bh = 0; bh < heads; ++bh) {
-    Answer& a = answers[bh * splits];
+    Answer& whole = answers[bh * splits];
     for (int64_t i = 1; i < splits; ++i)
-      for (int r = 0; r < R; ++r) a.join(r, answers[bh * splits + i]);
+      for (int r = 0; r < R; ++r) whole.join(r, answers[bh * splits + i]);
     for (int r = 0; r < R; ++r) {
-      const float l = a.l[r];
+      const float l = whole.l[r];
+      const int64_t i = bh * R + r;
       const bool empty = l == 0.0f;
-      lse[bh * R + r] = empty ? NONE : a.m[r] + std::log(l);
-      for (int d = 0; d < Dv; ++d) out[(bh * R + r) * Dv + d] = empty ? 0.0f : a.o[static_cast<size_t>(r) * a.D + d] / l;
-      for (int d = 0; mean && d < D; ++d)
-        mean[(bh * R + r) * D + d] = empty ? 0.0f : a.mean[static_cast<size_t>(r) * a.K + d] / l;
+      a.lse[i] = empty ? NONE : whole.m[r] + std::log(l);
+      const float *o = whole.o.data() + static_cast<size_t>(r) * whole.D, *keys = whole.mean.data();
+      for (int d = 0; d < Dv; ++d) put(a.out, i * Dv + d, a.out_dtype, empty ? 0.0f : o[d] / l);
+      for (int d = 0; a.mean && d < D; ++d) a.mean[i * D + d] = empty ? 0.0f : keys[static_cast<size_t>(r) * whole.K + d] / l;
     }
   }
 }

@@ -7,32 +7,49 @@
 namespace calidrop {
 
 struct Piece {
-  int32_t kind, dtype, bits, group, channels, rotate, D;
+  const float* q;    // [B,H,R,D], or null where it is asked with the queries of the call
+  float* heard;      // [B,H,R,room], to be filled with the logits of all tokens, or null
+  int64_t room;
+  const float* mix;  // [B,channels,channels]: what every `channels` channels of an answer are multiplied with, or null
+  int64_t slots;     // per (row, head) where lens is null, behind the first `skip`
+  int64_t skip;
+  int32_t D;
+  // from here on the same in every call, as long as the tokens are
+  int32_t kind, dtype, bits, group, channels, rotate;
   int32_t tiers[3];     // channels that are exact, those that have 4 bits, tokens that share a scale
-  const float* q;       // [B,H,R,D]
-  const float* mix;     // [B,channels,channels]: what every `channels` channels of an answer are multiplied with, or null
-  int64_t slots;        // per (row, head) where lens is null
   const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other, or where
   const int64_t* starts;  // [B*H] says
-  float* heard;           // [B,H,R,room], to be filled with the logits of all tokens, or null
-  int64_t room;
   Array k, v, pos, bias, k_scale, k_zero, v_scale, v_zero, order, k16, k4, k4_scale, k4_zero;
 };
 enum Kind { EXACT, PER_TOKEN, PER_CHANNEL, ANSWERED, PER_GROUP, FLOAT8, TIERS };
 
 // slots `from` to `to` - 1 of a head
 struct Stretch {
-  int64_t b, h, start;  // start: the first slot of the head, where heads lie one behind the other
+  int64_t b, h, start;  // start: the first slot of the head that is asked
   int64_t from, to;
 };
 
-struct Call {
-  float *out, *lse, *mean;
+// What `calidrop_decode` is called with. q [B,H,R,D] and out [B,H,R,Dv] in fp32 or bf16, lse [B,H,R]; mean [B,H,R,D] or
+// null, the weighted mean key, of exact pieces alone. k, v, pos: one token of each (row, head) on its way to the last slot
+// of the last piece, which is exact, and to where `at` says its position goes; null where there is none.
+struct Asked {
+  const char* q;
+  char* out;
+  float *lse, *mean;
+  const Piece* pieces;  // null where they lie behind this
   int64_t B, H;
+  int32_t R, D, Dv, count, threads, q_dtype, out_dtype;
+  float scale, softcap;
+  Array k, v, pos, at;
+};
+
+struct Call {
+  const float* q;
+  int64_t H;
   int R, Dv;
   float scale, softcap;
   // [R,D] of a head
-  const float* queries(const Piece& x, const Stretch& at) const { return x.q + (at.b * H + at.h) * R * x.D; }
+  const float* queries(const Piece& x, const Stretch& at) const { return (x.q ? x.q : q) + (at.b * H + at.h) * R * x.D; }
   // where the logits of a head's tokens from the t-th on go
   Heard heard(const Piece& x, const Stretch& at, int64_t t) const {
     return {x.heard ? x.heard + (at.b * H + at.h) * R * x.room + t : nullptr, x.room};
@@ -57,7 +74,7 @@ struct Head {
         v_zero(of(x, x.v_zero, at)) {}
   static const char* of(const Piece& x, const Array& a, const Stretch& at) {
     if (!a.p) return nullptr;
-    return x.lens ? a.p + at.start * a.slot : a.p + at.b * a.row + at.h * a.head;
+    return a.p + at.start * a.slot + (x.lens ? 0 : at.b * a.row + at.h * a.head);
   }
 };
 

@@ -2,8 +2,7 @@
 // calidrop.methods.calidrop.Calibrated in torch.
 #include "pieces.h"
 
-extern "C" void calidrop_decode(float* out, float* lse, float* mean, int64_t B, int64_t H, int32_t R, int32_t Dv, float scale,
-                                float softcap, const Piece* pieces, int32_t count, int32_t threads);
+extern "C" void calidrop_decode(const Asked*);
 
 namespace {
 
@@ -79,8 +78,12 @@ extern "C" void calidrop_remember(const float* q, const float* q0, const float* 
                               room.data() + P * G * (D + Dv + 1)};
     for (int64_t p = 0; p < P; ++p) std::memcpy(found.q + p * G * D, q + those[p] * G * D, sizeof(float) * G * D);
     Lists lists(pieces, count, those, pairs);
-    for (Piece& x : lists.pieces) x.q = found.q;
-    calidrop_decode(found.o, found.lse, found.mean, P, 1, G, Dv, scale, 0.0f, lists.pieces.data(), count, threads);
+    Asked about = {};
+    about.q = reinterpret_cast<const char*>(found.q), about.out = reinterpret_cast<char*>(found.o);
+    about.lse = found.lse, about.mean = found.mean, about.pieces = lists.pieces.data();
+    about.B = P, about.H = 1, about.R = G, about.D = D, about.Dv = Dv;
+    about.count = count, about.threads = threads, about.scale = scale;
+    calidrop_decode(&about);
     for (int64_t i = 0; i < P * G; ++i) {
       const int64_t head = those[i / G] * G + i % G;
       if (!ask[head]) continue;
