@@ -15,7 +15,7 @@ struct Array {
 };
 
 extern "C" {
-void calidrop_decode(void*, void*, void*, int64_t, int64_t, int32_t, int32_t, float, float, void*, int32_t, int32_t);
+void calidrop_decode(void*);
 void calidrop_columns(Array, Array, int32_t, void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t,
                       float, float, int32_t, int32_t, void*, int32_t);
 void calidrop_prompt(Array, Array, Array, int32_t, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t,

@@ -13,7 +13,8 @@ from filelock import FileLock
 
 import test_attention_predictor
 import test_kernel
-from calidrop.ops import build, cpu
+from calidrop.ops import build, cpu, described
+from calidrop.state import Note
 from test_kernel import (  # noqa: F401 (collected here once more)
     test_heads_of_unequal_length,
     test_only_a_view_of_a_buffer,
@@ -43,13 +44,14 @@ class OnArm:
 
     def _call(self, function: int, *given: object) -> None:
         ranges = {x.data_ptr(): x.nbytes() for x in self.asked if x.nbytes()}
-        words = []
+        words, here = [], []
         for x in given:
-            if isinstance(x, cpu._Array):
+            if isinstance(x, described.Array):
                 words.append(bytes(x))
-            elif isinstance(x, ctypes.Array):
-                ranges[ctypes.addressof(x)] = ctypes.sizeof(x)
-                words.append(struct.pack("<q", ctypes.addressof(x)))
+            elif isinstance(x, bytes | ctypes.Array):
+                here.append(ctypes.create_string_buffer(x, len(x)) if isinstance(x, bytes) else x)
+                ranges[ctypes.addressof(here[-1])] = ctypes.sizeof(here[-1])
+                words.append(struct.pack("<q", ctypes.addressof(here[-1])))
             else:
                 words.append(struct.pack("<d" if isinstance(x, float) else "<q", x or 0))
         told = b"".join(words)
@@ -93,6 +95,7 @@ def on_arm(program, tmp_path, monkeypatch):
 
     kernel = OnArm(program, tmp_path, asked)
     monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+    monkeypatch.setattr(Note, "get", lambda *_: None)  # what is known already would not be asked for
     monkeypatch.setattr(cpu, "kernel", lambda: kernel)
     yield
     assert kernel.calls
@@ -107,6 +110,10 @@ def test_exact(D, dtype):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads(threads):
     test_kernel.test_any_number_of_threads(threads, 1)
+
+
+def test_a_step_writes_its_token():
+    test_kernel.test_a_step_writes_its_token_on_the_way(24, 80, torch.bfloat16, 7, None)
 
 
 @pytest.mark.parametrize("recipe", test_kernel.CODED)

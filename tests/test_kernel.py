@@ -24,6 +24,7 @@ from calidrop.parallel import HeadGroup
 from calidrop.state import Ragged, tensors
 from calidrop.store import Exact, Store
 from calidrop.tokens import Tokens
+from calidrop.window import Window
 from helpers import check_heard, check_steps_heard, live, random_qkv, run
 
 # not where it fails to compile
@@ -115,6 +116,79 @@ def test_only_a_view_of_a_buffer():
     qs, t = queries(2, 4, 1, 64), tokens(2, 2, 200, 64)
     part = t.slice(7, 150)
     check(qs, [ops.piece(part)], [part], 2e-5)
+
+
+@pytest.mark.parametrize("last", [None, 20])
+@pytest.mark.parametrize("pads", [0, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (24, 80)])
+def test_a_step_writes_its_token_on_the_way(D, Dv, dtype, pads, last):
+    """Beside tokens of heads of unequal length and an answer; the window grows out of its memory twice."""
+    first = tokens(2, 3, 30, D, dtype)
+    first.v, first.pos[1, :, :pads], first.dense = torch.randn(2, 3, 30, Dv).to(dtype), -1, pads == 0
+    old = tokens(2, 3, 90, D, empty=0.5)
+    old.k, old.v, old.pos[0, 1, 5:] = old.k.to(dtype), torch.randn(2, 3, 90, Dv).to(dtype), -1
+    store, own, want = Exact(), Window(), Window()
+    store.held = Ragged(old.columns(), old.valid)
+    own.append(first), want.append(first)
+    for i in range(30, 75):
+        k, v = (torch.randn(2, 1, 3, d).to(dtype).transpose(1, 2) for d in (D, Dv))  # as models have them
+        new = Tokens(k, v, torch.full((2, 1), i, dtype=torch.int32)[:, None].expand(2, 3, 1), dense=True)
+        qs = replace(queries(2, 6, 1, D), q=torch.randn(2, 6, 1, D).to(dtype))
+        said = attend(qs, old.k[:, :, :9], old.v[:, :, :9], old.pos[:, :, :9])
+        parts, heard = [*store.attend(qs), said], ops.Heard()
+        (o, lse), by = ops.step(qs, new, own, parts, heard, last, dtype)
+        assert by == ops.CPU.name
+        want.append(new)
+        whole, t = want.tokens(), own.tokens()
+        assert all(torch.equal(getattr(t, x), getattr(whole, x)) for x in ("k", "v", "pos")) and t.dense == whole.dense
+        seen = whole.slice(0 if last is None else len(whole) - last)
+        exact, total = merge([*(attend(qs, x.k, x.v, x.pos) for x in (old, seen)), said])
+        assert (lse - total).abs().max() < 2e-5
+        assert o.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+        assert (o - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 2e-5)
+        plain = cpu.decode(qs, [*parts, ops.piece(seen)])
+        assert torch.equal(plain[0].to(o.dtype), o) and torch.equal(plain[1], lse)
+        left = heard.of(t.v, len(seen))
+        assert left is not None
+        torch.testing.assert_close(left, logits(qs, seen.k, seen.pos)[:, :, :, 0], rtol=0, atol=2e-5)
+    assert not own.dense or pads == 0
+
+
+def test_what_a_step_does_not_write_is_appended(monkeypatch):
+    """A window of fixed memory, one without any, tokens of another dtype, and several queries."""
+    t, asked = tokens(1, 2, 20, 64), []
+    monkeypatch.setattr(cpu, "step", lambda *_: asked.append(1))
+    loose, fixed = Window(), Window()
+    loose.append(t.slice(0, 10)), fixed.append(t.slice(0, 10))
+    halves = Tokens(t.k.half(), t.v.half(), t.pos, dense=True)
+    for window, new, T in ((fixed.fixed(30), t, 1), (Window(), t, 1), (loose, halves, 1), (loose, t, 2)):
+        n, qs = len(window), queries(1, 4, T, 64)
+        (o, lse), _ = ops.step(qs, new.slice(10, 10 + T), window, [])
+        assert len(window) == n + T and not asked
+        seen = window.tokens()
+        want, total = attend(qs, seen.k, seen.v, seen.pos)
+        assert (o - want).abs().max() < 2e-5 and (lse - total).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("how", ["rows are taken", "copied", "forked"])
+def test_what_is_known_of_tokens_is_forgotten_where_they_move(how):
+    qs, t = queries(2, 6, 1, 64), tokens(2, 3, 90, 64, empty=0.5)
+    store = Exact()
+    store.held = Ragged(t.columns(), t.valid)
+    for _ in range(2):
+        check(qs, store.attend(qs), store.tokens(), 2e-5)
+    other = store
+    if how == "copied":
+        other = copy.deepcopy(store)
+        store.held.data["k"].fill_(float("nan"))
+    elif how == "forked":
+        other = store.fork()
+    else:
+        store.take_rows(torch.tensor([1, 0]))
+    check(qs, other.attend(qs), other.tokens(), 2e-5)
+    other.held = other.held.replace({"k": torch.randn(other.held.padded()[0]["k"].shape)})
+    check(qs, other.attend(qs), other.tokens(), 2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -1,11 +1,14 @@
 """Ragged columns against lists of lists, buffers and their forks, and the counting of bytes."""
 
+import copy
+import pickle
 import random
+import weakref
 
 import pytest
 import torch
 
-from calidrop.state import Buffer, Host, Ragged, State, held_bytes
+from calidrop.state import Buffer, Host, Note, Ragged, State, held_bytes
 
 uniform_or_not = pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "ragged"])
 
@@ -137,6 +140,19 @@ def test_fork_of_a_buffer_keeps_its_content(held):
     assert torch.equal(buffer.value[:, :, :held], first)
     fork.append(-first)  # going back: the fork goes on instead
     assert torch.equal(fork.value, torch.cat([first, -first], 2))
+
+
+def test_a_note_is_good_for_the_same_tensors_alone():
+    note, (a, b, c) = Note(), torch.randn(3, 5)
+    assert note.get([a, b], 1) is None
+    note.put([a, b], 1, "said")
+    assert note.get([a, b], 1) == "said"
+    assert note.get([a, b], 2) is note.get([a, c], 1) is note.get([b, a], 1) is note.get([a], 1) is None
+    assert note.get([a.clone(), b], 1) is note.get([a, b[:]], 1) is None
+    assert copy.deepcopy(note).get([a, b], 1) is pickle.loads(pickle.dumps(note)).get([a, b], 1) is None
+    gone = weakref.ref(a)
+    del a
+    assert gone() is None  # it was not kept alive
 
 
 class Node(State):

@@ -223,9 +223,9 @@ def step(
     """Lets a generated token into the window, and answers its query over disjoint `parts` and the window's last columns
     (None: all of them). -> o [B,Hq,1,Dv], of that dtype where a kernel can say it so, else fp32; lse [B,Hq,1]; and who
     answered."""
-    if cpu.takes(qs, new, window) and not _triton(new.k.device):
-        if not any(isinstance(p, Piece) and cpu.unread(p, qs) for p in parts):
-            return cpu.step(qs, new, window, parts, heard, last, dtype), CPU.name
+    alone = cpu.takes(qs, new, window) and not _triton(new.k.device)
+    if alone and not any(isinstance(p, Piece) and cpu.unread(p, qs) for p in parts):
+        return cpu.step(qs, new, window, parts, heard, last, dtype), CPU.name
     window.append(new)
     held = window.tokens()
     parts = [*parts, piece(held if last is None else held.slice(max(0, len(held) - last)))]

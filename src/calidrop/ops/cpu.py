@@ -18,29 +18,13 @@ from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.ops import build, piece
+from calidrop.ops.described import DTYPES, KINDS, NOW, Array, array, describe, listed, packed, strided
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 from calidrop.window import Window
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)  # what there are loops for: narrower rows are filled up
-KINDS = {"exact": 0, "per token": 1, "per channel": 2, "answered": 3, "per group": 4, "e4m3": 5, "tiers": 6}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ARRAYS = (
-    *("k", "v", "pos", "bias", "k_scale", "k_zero", "v_scale", "v_zero"),
-    *("order", "k16", "k4", "k4_scale", "k4_zero"),
-)
-
-
-class _Array(ctypes.Structure):
-    _fields_ = [("p", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("row", "head", "slot"))]
-
-
-# Asked and Piece of pieces.h, a Piece in two: what is of a call, and what is stored. Packed at once: filling a
-# ctypes.Structure field by field takes three times as long.
-_ASKED = struct.Struct("@5Q2q7i2f" + "Q3q" * 4)
-_NOW = struct.Struct("@2QqQ2qi")
-_STORED = struct.Struct("=9i2Q" + "Q3q" * len(ARRAYS))
-_PLACE = {name: 4 * i for i, name in enumerate(ARRAYS)}
+_ASKED = struct.Struct("@5Q2q7i2f" + "Q3q" * 4)  # Asked of pieces.h
 _NONE_NEW = (0,) * 16
 
 
@@ -65,8 +49,8 @@ class Kernel:
             library.calidrop_remember, library.calidrop_follow, library.calidrop_exchange,
         )  # fmt: skip
         self.decode.argtypes = [ptr]
-        self.columns.argtypes = [_Array, _Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
-        self.prompt.argtypes = [*[_Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
+        self.columns.argtypes = [Array, Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
+        self.prompt.argtypes = [*[Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
         self.network.argtypes = [ptr, i64, *[ptr] * 6, i64, i64, i32, ptr, i32]
         self.weights.argtypes = [ptr, ptr, ptr, *[i64] * 4, i32, i32, ptr, i32]
@@ -129,7 +113,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
     first = next(p for p in parts if isinstance(p, Piece))
     out, lse = torch.empty(B, Hq, T, first.value_dim), torch.empty(B, Hq, T)
     keep: list[Tensor] = []
-    told = [_told(p, qs.q, keep, heard if T == 1 else None) for p in parts]
+    told = [describe(p, qs.q, keep, heard if T == 1 else None) for p in parts]
     _ask(qs.q, first.heads, qs.scale, qs.softcap, told, out, lse)
     return out, lse
 
@@ -151,23 +135,23 @@ def step(
     is written first. -> o [B,Hq,1,Dv] of that dtype (or fp32), lse [B,Hq,1]."""
     B, Hq, _, D = qs.q.shape
     H, Dv = new.v.shape[1], new.v.shape[-1]
-    memory = window.grow(new)
+    memory = k, v, pos = window.grow(new)
     known = window.note.get(memory, window.dense)
     if known is None:
-        columns = dict(zip(("k", "v", "pos")[: 2 if window.dense else 3], map(_strided, memory), strict=False))
-        known = _stored(columns, "exact", DTYPES[new.k.dtype]), _strided(memory[2])
+        columns = {"k": strided(k), "v": strided(v), **({} if window.dense else {"pos": strided(pos)})}
+        known = packed(columns, "exact", DTYPES[k.dtype]), strided(pos)
         window.note.put(memory, window.dense, known)
     stored, at = known
     n = len(window)
     skip = 0 if last is None else max(0, n - last)
     logits, room = 0, 0
     if heard is not None:
-        logits, room = heard.room_for(memory[1], (B, H, Hq // H, n - skip)).data_ptr(), n - skip
+        logits, room = heard.room_for(v, (B, H, Hq // H, n - skip)).data_ptr(), n - skip
     out = torch.empty(B, Hq, 1, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     lse, keep = torch.empty(B, Hq, 1), []
-    told = [_told(p, qs.q, keep, heard) for p in parts]
-    told.append(_NOW.pack(0, logits, room, 0, n - skip, skip, D) + stored)
-    coming = *_strided(new.k), *_strided(new.v), *_strided(new.pos), *at
+    told = [describe(p, qs.q, keep, heard) for p in parts]
+    told.append(NOW.pack(0, logits, room, 0, n - skip, skip, D) + stored)
+    coming = *strided(new.k), *strided(new.v), *strided(new.pos), *at
     _ask(qs.q, H, qs.scale, qs.softcap, told, out, lse, coming=coming)
     return out, lse
 
@@ -185,7 +169,7 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
     P, G, D = q.shape
     Dv = lists[0][1].shape[-1]
     out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
-    told = [_listed(k, v, lens, starts) for k, v, starts, lens in lists]
+    told = [listed(k, v, lens, starts) for k, v, starts, lens in lists]
     _ask(q, 1, scale, None, told, out, lse, mean)
     return out, lse, mean
 
@@ -213,7 +197,7 @@ def remembered(
     new = tuple(torch.empty_like(x) for x in old)
     said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
     counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
-    told = [_listed(*x) for x in lists]
+    told = [listed(*x) for x in lists]
     kernel().remember(
         q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
         b"".join(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
@@ -242,7 +226,7 @@ def mass(qs: Queries, lse: Tensor, t: Tokens, largest: bool = False, block: int 
     q, norm, at = qs.q.float().contiguous(), lse.float().contiguous(), qs.pos.int().contiguous()
     out = torch.empty(B, H, N // block)
     kernel().columns(
-        _array(k), _array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
+        array(k), array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
         B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, block, largest, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -268,7 +252,7 @@ def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
     pos, q, at = t.pos.int(), qs.q.float().contiguous(), qs.pos.int().contiguous()
     o, lse, sums = torch.empty(B, Hq, W, Dv), torch.empty(B, Hq, W), torch.empty(B, H, N)
     kernel().prompt(
-        _array(k), _array(v), _array(pos), DTYPES[k.dtype], q.data_ptr(), at.data_ptr(), B, H, Hq // H, W, N, D, Dv,
+        array(k), array(v), array(pos), DTYPES[k.dtype], q.data_ptr(), at.data_ptr(), B, H, Hq // H, W, N, D, Dv,
         qs.scale, qs.softcap or 0.0, o.data_ptr(), lse.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return (o, lse), sums
@@ -294,79 +278,6 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
     kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
     return last
-
-
-_Place = tuple[int, int, int, int]
-
-
-def _array(x: Tensor) -> _Array:
-    return _Array(*_strided(x))
-
-
-def _strided(x: Tensor) -> _Place:
-    """x: [row, head, slot, ...]: where it lies, and its strides in bytes."""
-    size = x.element_size()
-    row, head, slot = x.stride()[:3]
-    return x.data_ptr(), row * size, head * size, slot * size
-
-
-def _flat(x: Tensor) -> _Place:
-    """x: [slot, ...]"""
-    return x.data_ptr(), 0, 0, x.stride(0) * x.element_size()
-
-
-def _stored(
-    columns: dict[str, _Place], kind: str, dtype: int = 0, bits: int = 0, group: int = 1, channels: int = 0,
-    rotate: bool = False, tiers: tuple[int, int, int] = (0, 0, 0), lens: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> bytes:  # fmt: skip
-    arrays = [0] * (4 * len(ARRAYS))
-    for name, place in columns.items():
-        arrays[_PLACE[name] : _PLACE[name] + 4] = place
-    of = (0 if x is None else x.data_ptr() for x in (lens, starts))
-    return _STORED.pack(KINDS[kind], dtype, bits, group, channels, rotate, *tiers, *of, *arrays)
-
-
-def _listed(k: Tensor, v: Tensor, lens: Tensor, starts: Tensor | None = None) -> bytes:
-    """Exact tokens k [slots,D] and v [slots,Dv], of which each (row, head) has some; asked by the queries of a call."""
-    columns = {"k": _flat(k), "v": _flat(v)}
-    now = _NOW.pack(0, 0, 0, 0, 0, 0, k.shape[-1])
-    return now + _stored(columns, "exact", DTYPES[k.dtype], lens=lens, starts=starts)
-
-
-def _told(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard | None) -> bytes:
-    """q: of the call. keep: tensors made on the way, which must outlive it."""
-    if not isinstance(part, Piece):
-        o, lse = (x.float().contiguous() for x in part)
-        keep += [o, lse]
-        return _NOW.pack(*[0] * 7) + _stored({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, "answered")
-    own, width = 0, q.shape[-1]
-    if part.q is not None:
-        asking = part.q.float().contiguous()
-        keep.append(asking)
-        own, width = asking.data_ptr(), asking.shape[-1]
-    logits, room = 0, 0
-    if heard is not None:
-        found = heard.room(part, len(q), q.shape[1] // part.heads)
-        logits, room = found.data_ptr(), found.shape[-1]
-    mix = 0 if part.mix is None else part.mix.data_ptr()
-    return _NOW.pack(own, logits, room, mix, part.slots, 0, width) + _of(part)
-
-
-def _of(part: Piece) -> bytes:
-    """What is stored of it."""
-    layout = part.kind, part.bits, part.group, part.channels, part.rotate, part.tiers
-    tensors = [*part.columns.values()] if part.lens is None else [*part.columns.values(), part.lens]
-    found = part.note.get(tensors, layout) if part.note is not None else None
-    if found is None:
-        place = _strided if part.lens is None else _flat
-        first = part.columns["k16" if part.kind == "tiers" else "k"]
-        columns = {name: place(x) for name, x in part.columns.items()}
-        kind, *how = layout
-        found = _stored(columns, kind, DTYPES.get(first.dtype, 0), *how, lens=part.lens)
-        if part.note is not None:
-            part.note.put(tensors, layout, found)
-    return found
 
 
 def _ask(
