@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -303,7 +302,9 @@ def unseen(held: Ragged | None, heard: ops.Heard | None, group: int = 1) -> list
         own = own.opened()
     data, valid = own.padded()
     none = logits.new_empty(*data["pos"].shape, 0)
-    return [replace(Tokens.from_columns({"k": none, "v": none, **data}, valid), logits=logits)]
+    t = Tokens.from_columns({"k": none, "v": none, **data}, valid)
+    t.logits = logits
+    return [t]
 
 
 def count(held: Ragged | None) -> str:
