@@ -110,7 +110,7 @@ def test_given_up_where_rows_move_at_every_step(llama):
     """Each search moves them once per step: what is recorded would never be replayed."""
     cache = KVCache(llama, graph=True)
     generate(llama, inputs(), cache, new=steady.TRIES + 10, num_beams=2, output_logits=False)
-    assert cache.steps.steady.tries == steady.TRIES and cache.layers[0].state.window.slot is None
+    assert cache.steps.steady.tries == steady.TRIES and cache.layers[0].state.window.before is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "qwen3"])

@@ -19,15 +19,18 @@ import calidrop
 from calidrop import ops
 from calidrop.attention import Queries, attend, merge
 from calidrop.methods._latents import Basis
+from calidrop.methods.calidrop import Calibrated
 from calidrop.methods.recalkv import Latents
 from calidrop.observe import Observation
 from calidrop.ops import gpu
 from calidrop.ops.gpu import latents
+from calidrop.parallel import HeadGroup
 from calidrop.quant import pack, quantize
 from calidrop.rope import Rope
-from calidrop.state import Ragged
+from calidrop.state import Ragged, tensors
 from calidrop.store import Exact
 from calidrop.tokens import Tokens
+from calidrop.window import Window
 from helpers import check_heard, check_steps_heard, kernels, layer_of, live, random_qkv, run
 from tiny import batch, generate, tiny, worst
 
@@ -336,10 +339,86 @@ def dispatched(monkeypatch):
         yield
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (40, 24)])
+def test_a_token_goes_to_its_slot(D, Dv, dtype, dispatched):
+    """In a window that others are older than, whose tokens are counted."""
+    t = tokens(2, 3, 12, D, dtype, Dv=Dv)
+    t.stats["mass"] = torch.rand(2, 3, 12, device=DEVICE)
+    own, want = Window(), Window()
+    for window in (own, want):
+        window.append(t)
+        window.stats = t.stats
+    own, want = own.fixed(20, 112), want.fixed(20, 112)
+    for x in (own, want):
+        x.stats = {"mass": x.stats["mass"] + 1}  # what is counted of empty slots is forgotten
+    for i in range(112, 117):
+        k, v = (torch.randn(2, 1, 3, d, device=DEVICE).to(dtype).transpose(1, 2) for d in (D, Dv))
+        column = torch.tensor([i], dtype=torch.int32, device=DEVICE)
+        new = Tokens(k, v, column.expand(2, 3, 1), dense=True)
+        assert gpu.puts(new, own)
+        gpu.put(new, own)
+        own.written(new)
+        want.append(new)
+        assert len(own) == len(want) == i - 99
+        for x, y in zip(tensors(own), tensors(want), strict=True):
+            assert torch.equal(x, y)
+    assert own.tokens().pos[1, 2].tolist() == [*range(12), *range(112, 117), -1, -1, -1]
+    for other in (
+        replace(new, k=torch.randn(2, 3, 1, 2 * D, device=DEVICE)[..., ::2]),
+        tokens(2, 3, 2, D, dtype, Dv=Dv),
+    ):
+        assert not gpu.puts(other, own)
+    assert not gpu.puts(new, own.loose())
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("late", "offload"), [(0, True), (1, True), (3, True), (0, False)])
+@pytest.mark.parametrize(("order", "apply"), [(0, 0.5), (1, 0.85)])
+@pytest.mark.parametrize(
+    ("H", "G", "D", "dtype"), [(2, 3, 64, torch.float32), (5, 1, 24, torch.bfloat16), (1, 4, 128, torch.float16)]
+)
+def test_what_heads_remember(H, G, D, dtype, order, apply, late, offload, softcap, dispatched, monkeypatch):
+    """Steps of CaliDrop in one launch: queries near and far, a head that lost nothing, and a row."""
+    B, Hq = 3, H * G
+    heads = HeadGroup()
+    store = Calibrated(order, 0.5, apply, "head", offload, 0, heads, late, "device")
+    lost = tokens(B, H, 40, D, dtype)
+    lost.pos[0, 0], lost.pos[2], lost.dense = -1, -1, False
+    context, none = torch.full((B,), 500, device=DEVICE), torch.zeros(B, Hq, 1, device=DEVICE)
+    near = queries(B, Hq, 1, D, softcap, dtype)
+    store.add(lost, Observation(near, none, context, context * 0))
+    asked = 0
+    for i in range(4):
+        drift = torch.randn(B, Hq, 1, D, device=DEVICE) * torch.linspace(0.0, 1.5, Hq, device=DEVICE)[:, None, None]
+        qs = replace(near, q=(near.q + i * drift).to(dtype))
+        other = store.fork()
+        assert store._in_triton(qs)
+        ((o, lse),) = store.attend(qs)
+        with monkeypatch.context() as patch:
+            patch.setattr(Calibrated, "_in_triton", lambda self, qs: False)
+            ((want, total),) = other.attend(qs)
+        assert torch.equal(lse.isinf(), total.isinf()) and lse[2].isinf().all()
+        torch.testing.assert_close(lse, total, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(o, want, atol=2e-5, rtol=1e-4)
+        for x, y in zip(tensors(store), tensors(other), strict=True):
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
+        assert store.recomputed() == other.recomputed()
+        if late:
+            assert store.asking is not None and store.asking.q is not qs.q and torch.equal(store.asking.q, qs.q)
+            per_row = store.wanted.view(B, H, G).any(-1).sum(-1)
+            assert per_row.max() <= late
+            asked += int(per_row.sum())
+            store.serve(bool(store.wanted.any()))
+            store.serve(False)
+    assert (asked > 0) == bool(late) and (store.recomputed()[0] > 0) == offload
+
+
 RECIPES = [
     "h2o(budget=20, every=2)",
     "snapkv(budget=24, recent=8)+int4",
     "snapkv(budget=24, recent=8, every=2)+calidrop(summary=4)",
+    "snapkv(budget=24, recent=8)+calidrop(late=1)",
     "snapkv(budget=24, recent=8)+calidrop(summary=4, offload=False)",
     "think(keep=0.5)+kivi(bits=4, group=8, residual=5)",
     "adakv(budget=24, recent=8)+fp8",
@@ -412,7 +491,8 @@ def test_every_kernel_compiles_for_a_gpu(capability, tmp_path):
     done = subprocess.run([sys.executable, worker, str(capability)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout.splitlines()[-1])
-    assert {k["name"] for k in kernels} == {"_split", "_join", "_mass", "_weights", "_round", "_keys", "_asked"}
+    names = {"_split", "_join", "_mass", "_weights", "_round", "_keys", "_asked", "_put", "_remember"}
+    assert {k["name"] for k in kernels} == names
     for k in kernels:
         most = 64 if k["name"] in ("_keys", "_asked") else 32 if "mixkvq" in k["recipe"] else 16
         if k["name"] == "_split" and "heard" in k["recipe"]:

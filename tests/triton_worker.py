@@ -18,6 +18,7 @@ from calidrop import ops
 from calidrop.attention import Queries, attend
 from calidrop.ops import gpu
 from calidrop.ops.gpu.attention import decode
+from calidrop.window import Window
 from helpers import random_qkv, run
 
 RECIPES = [
@@ -76,6 +77,14 @@ def everything(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None
     gpu.mass(qs, torch.zeros(2, 6, 1), window)
     for block in (1, 16):
         gpu.weights(qs, torch.zeros(2, 6, 1), torch.randn(2, 2, 3, 64), block > 1, block)
+    fixed = Window()
+    fixed.append(window)
+    gpu.put(window.slice(0, 1), fixed.fixed(400, 300))
+    held = torch.randn(2, 6, D), torch.randn(2, 6), torch.randn(2, 6, D)
+    counted = torch.zeros(2, 2, dtype=torch.int64)
+    gpu.remembered(qs, held, 0, 0.7, None)
+    for late in (0, 1):
+        gpu.remembered(qs, held, 1, 0.7, 0.7, 2, late, counted)
     x = torch.randn(2, 2, 64, D).to(dtype)
     for bits in (2, 4, 8):
         gpu.rounded(x, bits)

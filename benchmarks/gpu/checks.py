@@ -15,10 +15,14 @@ from calidrop import KVCache, ops
 from calidrop.attention import Queries, attend, logits, merge
 from calidrop.hadamard import hadamard
 from calidrop.methods._latents import Basis
+from calidrop.methods.calidrop import Answer, Calibrated
 from calidrop.ops import gpu
+from calidrop.parallel import HeadGroup
 from calidrop.plugin import using
 from calidrop.quant import pack, quantize
 from calidrop.rope import Rope
+from calidrop.state import tensors
+from calidrop.window import Window
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 Check = tuple[str, float, Callable[[], float]]  # what, the largest error allowed, the error
@@ -141,6 +145,51 @@ def _others(run: Run) -> Iterator[Check]:
         for what, asked in (("keys from", False), ("attention over", True)):
             limit = 1e-5 if exact else 1e-2
             yield f"{what} latents {str(dtype)[6:]}", limit, functools.partial(_latents, run, dtype, asked)
+
+        yield f"a token to its slot {str(dtype)[6:]}", 0.0, functools.partial(_placed, run, dtype)
+        for late in (0, 2):
+            what = f"what heads remember {str(dtype)[6:]}" + ", some asked later" * bool(late)
+            yield what, 1e-4, functools.partial(_remembered, run, late, dtype)
+
+
+def _placed(run: Run, dtype: torch.dtype) -> float:
+    """In a window of fixed memory, where the next step's would be."""
+    t = pieces.tokens(2, 4, 50, 128, dtype, run.device, False)
+    own, want = Window(), Window()
+    for window in (own, want):
+        window.append(t.slice(0, 40))
+    own, want = own.fixed(64, 40), want.fixed(64, 40)
+    for i in range(40, 50):
+        new = t.slice(i, i + 1)
+        if not gpu.puts(new, own):
+            raise RuntimeError("the kernel does not take it")
+        gpu.put(new, own)
+        own.written(new)
+        want.append(new)
+    return max(float((x.float() - y.float()).abs().max()) for x, y in zip(tensors(own), tensors(want), strict=True))
+
+
+def _remembered(run: Run, late: int, dtype: torch.dtype) -> float:
+    """The lse of what still answers, of queries near and far, and who is to be asked."""
+    B, H, G, D = (1, 2, 2, 32) if run.tiny else (3, 8, 4, 128)
+    q0, mean, drift = (torch.randn(B, H * G, D, device=run.device) for _ in range(3))
+    answer = Answer(torch.zeros_like(q0), torch.randn(B, H * G, device=run.device), mean)
+    far = torch.linspace(0, 1.5, H * G, device=run.device)[:, None]
+    pos = torch.full((B, 1), 99, dtype=torch.int32, device=run.device)
+    qs = Queries((q0 + far * drift)[:, :, None].to(dtype), pos, D**-0.5)
+    store = Calibrated(1, 0.7, 0.8, "head", True, 0, HeadGroup(), late)
+    store.q, store.answer = q0, answer
+    near = store._similarity(qs)
+    said, applied, asked, counts, _ = gpu.remembered(qs, (q0, answer.lse, mean), 1, 0.8, 0.7, H, late)
+    assert asked is not None and counts is not None
+    ask = near[..., 0] < 0.7
+    if late:
+        furthest = near[..., 0].masked_fill(~ask, float("inf")).view(B, H, G).amin(-1).topk(late, largest=False).indices
+        ask &= torch.zeros(B, H, dtype=torch.bool, device=run.device).scatter(1, furthest, True).repeat_interleave(G, 1)
+    told = (applied, near >= 0.8), (asked, ask), (counts[:, 0], ask.sum(1))
+    if not all(torch.equal(x, y) for x, y in told):
+        raise RuntimeError("other heads answer, or are asked")
+    return float((said - store._moved(qs))[applied].abs().max())
 
 
 def _mass(run: Run, W: int, dtype: torch.dtype) -> float:

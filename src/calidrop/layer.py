@@ -354,10 +354,10 @@ class LayerKV(CacheLayerMixin):
             columns = max(n, self.reach + self.slack) + 1
         else:
             columns = max(n + 1, self.plan.recent + self.plan.every) if self.plan.every else n + room
-        self.state.window = self.state.window.fixed(columns)
+        self.state.window = self.state.window.fixed(columns, self.state.seen)
 
     def loosen(self) -> None:
-        if self.state.window.slot is not None:
+        if self.state.window.before is not None:
             self.state.window = self.state.window.loose()
 
     def stepped(self) -> None:
@@ -370,7 +370,7 @@ class LayerKV(CacheLayerMixin):
     @property
     def full(self) -> bool:
         """Whether a fixed window has no room for another token."""
-        return self.state.window.slot is not None and len(self.state.window) >= self.state.window.room
+        return self.state.window.before is not None and len(self.state.window) >= self.state.window.room
 
     def between_steps(self, room: int) -> bool:
         """What makes shapes jump, if it is time. -> whether it was."""

@@ -202,10 +202,9 @@ class Buffer(State):
         return self.data
 
     def put(self, x: Tensor, slot: Tensor) -> None:
-        """x: [B,H,1,...], to a slot (int64 [1], on the device) of the memory there is."""
+        """x: [B,H,1,...], to a slot (int64 [1], on the device) of the memory there is, which the caller counts."""
         assert self.data is not None
         self.data.index_copy_(2, slot, x)
-        self.len += 1
 
     @property
     def value(self) -> Tensor:

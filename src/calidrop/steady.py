@@ -173,7 +173,7 @@ class Steady:
 
     def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        if any(layer.state.window.slot is None for layer in self.layers) or outline(given) != outline(self.inputs):
+        if any(layer.state.window.before is None for layer in self.layers) or outline(given) != outline(self.inputs):
             self.release()
             self.tries += 1
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}

@@ -1,7 +1,7 @@
 """The exact recent tokens of one layer, all heads alike: written in place at its end, cut at its front at a flush.
 
-While steps are recorded (`steady.py`) a window is fixed: all of its room is answered for, empty slots included, and the
-next slot is a number on the device, so that a step does the same whatever its length."""
+While steps are recorded (`steady.py`) a window is fixed: all of its room is answered for, empty slots included, and a
+token's column, a number on the device, says which slot it takes, so that a step does the same whatever its length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Window(State):
         self.k, self.v, self.pos = Buffer(), Buffer(), Buffer()
         self.stats: dict[str, Tensor] = {}
         self.dense = True
-        self.slot: Tensor | None = None  # int64 [1]: where the next token goes, while it is fixed
+        self.before: Tensor | None = None  # int64 [1]: the columns in front of the first, while it is fixed
         self.note = Note()  # of its memory
 
     def __len__(self) -> int:
@@ -30,17 +30,28 @@ class Window(State):
         return 0 if self.pos.data is None else self.pos.data.shape[2]
 
     def append(self, t: Tokens) -> None:
-        if self.slot is not None:
-            self.k.put(t.k, self.slot)
-            self.v.put(t.v, self.slot)
-            self.pos.put(t.pos, self.slot)
-            # a score may have counted in the slot while it was empty
-            self.stats = {n: s.index_fill(2, self.slot, 0) for n, s in self.stats.items()}
-            self.slot.add_(1)
+        if self.before is not None:
+            slot = self._slot(t)
+            self.k.put(t.k, slot)
+            self.v.put(t.v, slot)
+            self.pos.put(t.pos, slot)
+            self.written(t)
             return
         at = len(self)
         for room, x in zip(self.grow(t), (t.k, t.v, t.pos), strict=True):
             room[:, :, at : len(self)] = x
+
+    def _slot(self, t: Tokens) -> Tensor:
+        assert self.before is not None
+        return t.pos[0, 0] - self.before
+
+    def written(self, t: Tokens) -> None:
+        """A token [B,H,1] was put into the memory of a fixed window."""
+        for buffer in (self.k, self.v, self.pos):
+            buffer.len += 1
+        if self.stats:  # a score may have counted in the slot while it was empty
+            slot = self._slot(t)
+            self.stats = {n: s.index_fill(2, slot, 0) for n, s in self.stats.items()}
 
     def grow(self, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Lets tokens in, whose keys, values and positions the caller writes behind what there is. -> the memory of
@@ -52,7 +63,7 @@ class Window(State):
         return room
 
     def tokens(self) -> Tokens:
-        if self.slot is not None:
+        if self.before is not None:
             k, v, pos = (x.data for x in (self.k, self.v, self.pos))
             assert k is not None and v is not None and pos is not None
             return Tokens(k, v, pos, self.stats)
@@ -68,11 +79,11 @@ class Window(State):
             new.stats = {name: s.clone() for name, s in t.stats.items()}
         return new
 
-    def fixed(self, room: int) -> Window:
-        """The same tokens in memory for `room` columns."""
+    def fixed(self, room: int, seen: int) -> Window:
+        """The same tokens in memory for `room` columns. seen: all columns so far, of which these are the last."""
         t, n = self.tokens(), len(self)
         new = Window()
-        new.dense, new.slot = self.dense, torch.full((1,), n, device=t.pos.device)
+        new.dense, new.before = self.dense, torch.full((1,), seen - n, device=t.pos.device)
         for buffer, x, empty in ((new.k, t.k, 0.0), (new.v, t.v, 0.0), (new.pos, t.pos, -1)):
             buffer.data, buffer.len = x.new_full((*x.shape[:2], room, *x.shape[3:]), empty), n
             buffer.data[:, :, :n] = x

@@ -11,7 +11,7 @@ from calidrop.holding import Holding
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
 from calidrop.offload import Arrival, Chunk, HostLog
-from calidrop.ops import cpu
+from calidrop.ops import cpu, gpu
 from calidrop.ops.piece import Piece
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
@@ -127,8 +127,9 @@ class Calibrated(Store):
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         summarised = self.log is None and self.summary is not None
         exact = (len(qs) > 1 or qs.prompt) and self.log is not None
+        step = self._step if self._in_kernel(qs) else self._launched if self._in_triton(qs) else None
         # whatever this process holds: the others may be waiting for its cosines
-        near = None if summarised or exact or self._in_kernel(qs) else self._similarity(qs)
+        near = None if summarised or exact or step else self._similarity(qs)
         if self.value_dim == 0:
             return []
         if self.summary is not None and summarised:
@@ -136,9 +137,10 @@ class Calibrated(Store):
         if self.log is not None and exact:
             return [merge([ops.attend(qs, _tokens(chunk)) for chunk in self.log.chunks()])]
         assert self.q is not None and self.answer is not None
-        if near is None:
-            lse, applied = self._step(qs)
+        if step is not None:
+            lse, applied = step(qs)
         else:
+            assert near is not None
             applied = self._apply(qs, near)
             lse = self._moved(qs).masked_fill(~applied, float("-inf"))
         parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*applied.shape, -1), lse)]
@@ -195,6 +197,29 @@ class Calibrated(Store):
         if self.log is not None:
             self._count(counts)
         return lse[..., None], applied[..., None]
+
+    def _in_triton(self, qs: Queries) -> bool:
+        """Whether `_launched` can answer these queries."""
+        return len(qs) == 1 and not qs.prompt and self.decide == "head" and self.q is not None and gpu.remembers(qs.q)
+
+    def _launched(self, qs: Queries) -> tuple[Tensor, Tensor]:
+        """`_apply` and `_moved` in one launch."""
+        assert self.q is not None and self.answer is not None
+        asks = self.log is not None
+        said, applied, asked, counts, asking = gpu.remembered(
+            qs, (self.q, self.answer.lse, self.answer.mean_k), self.order, self.apply, self.recompute if asks else None,
+            self._kv_heads() if asks else 1, self.late_heads if asks else 0, self.counted,
+        )  # fmt: skip
+        if asked is None:
+            return said, applied
+        self.counted = counts
+        if asking is not None:
+            self.wanted, self.asking = asked, asking
+        elif bool(asked.any()):
+            self._refresh(qs, asked)
+            said = torch.where(asked[..., None], self.answer.lse[..., None], said)
+            applied = applied | asked[..., None]
+        return said, applied
 
     def _similarity(self, qs: Queries) -> Tensor:
         """[B,Hq,T] cosines with the remembered queries. decide="layer": their mean over the heads of the layer, on

@@ -226,7 +226,11 @@ def step(
     alone = cpu.takes(qs, new, window) and not _triton(new.k.device)
     if alone and not any(isinstance(p, Piece) and cpu.unread(p, qs) for p in parts):
         return cpu.step(qs, new, window, parts, heard, last, dtype), CPU.name
-    window.append(new)
+    if gpu.puts(new, window):
+        gpu.put(new, window)
+        window.written(new)
+    else:
+        window.append(new)
     held = window.tokens()
     parts = [*parts, piece(held if last is None else held.slice(max(0, len(held) - last)))]
     backend = pick(qs, parts)

@@ -121,7 +121,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
 def takes(qs: Queries, new: Tokens, window: Window) -> bool:
     """Whether `step` can write a token behind such a window, and answer its query."""
     k, v, there = new.k, new.v, window.k.data
-    if len(qs) > 1 or there is None or window.slot is not None or k.requires_grad or refusal(qs):
+    if len(qs) > 1 or there is None or window.before is not None or k.requires_grad or refusal(qs):
         return False
     known = k.dtype == v.dtype == there.dtype and k.dtype in DTYPES and max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1]
     return known and k.stride(-1) == v.stride(-1) == 1 and new.pos.dtype == torch.int32 and k.device.type == "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +14,16 @@ from calidrop.attention import Partial, Queries
 from calidrop.ops import piece
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
+from calidrop.window import Window
+
+if TYPE_CHECKING:
+    from calidrop.ops.gpu.beside import Remembered
 
 MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
 UNITS = (64, 128)  # of keys at several widths: a product has 8 columns at least, and a column is a word of 8 codes
 MOST_BLOCK = 128  # tokens of which the largest weight is taken
 MOST_SUMS = 16 * 1024  # numbers a program adds up: queries times channels
+MOST_HEADS = 256  # query heads of which one program finds what they remember
 
 
 def runs(device: torch.device) -> bool:
@@ -109,6 +115,32 @@ def keys(z: Tensor, pos: Tensor, weight: Tensor, bias: Tensor, order: Tensor, fr
     from calidrop.ops.gpu.latents import keys
 
     return keys(z, pos, weight, bias, order, freq, scaling)
+
+
+def puts(t: Tokens, window: Window) -> bool:
+    """Whether `put` can be asked."""
+    there = window.k.data is not None and window.before is not None and len(t) == 1 and not t.k.requires_grad
+    return there and t.k.stride(-1) == t.v.stride(-1) == 1 and runs(t.k.device)
+
+
+def put(t: Tokens, window: Window) -> None:
+    from calidrop.ops.gpu.beside import put
+
+    put(t, window)
+
+
+def remembers(q: Tensor) -> bool:
+    """Whether `remembered` can be asked."""
+    return q.shape[1] <= MOST_HEADS and q.dtype in piece.DTYPES and not q.requires_grad and runs(q.device)
+
+
+def remembered(
+    qs: Queries, held: tuple[Tensor, Tensor, Tensor], order: int, apply: float, recompute: float | None,
+    heads: int = 1, late: int = 0, counted: Tensor | None = None,
+) -> Remembered:  # fmt: skip
+    from calidrop.ops.gpu.beside import remembered
+
+    return remembered(qs, held, order, apply, recompute, heads, late, counted)
 
 
 def takes_latents(qs: Queries, kv_heads: int, rank: int) -> bool:
