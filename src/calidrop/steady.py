@@ -209,9 +209,13 @@ class Steady:
                 if to is not x and moved.setdefault(id(to), (to, x))[1] is not x:
                     return f"what was one tensor in layer {i} became two"
         written = {to.untyped_storage().data_ptr() for to, _ in moved.values()}
-        sources = [x.clone() if x.untyped_storage().data_ptr() in written else x for _, x in moved.values()]
-        for (to, _), x in zip(moved.values(), sources, strict=True):
-            to.copy_(x)
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for to, x in moved.values():
+            targets, sources = copies.setdefault(to.dtype, ([], []))
+            targets.append(to)
+            sources.append(x.clone() if x.untyped_storage().data_ptr() in written else x)
+        for targets, sources in copies.values():
+            torch.ops.aten._foreach_copy_(targets, sources)  # of all layers in a few launches
         for i in layers:
             places = iter(self.held[i])
             swap(self.layers[i].state, lambda _, places=places: next(places))

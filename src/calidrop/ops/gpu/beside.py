@@ -99,7 +99,7 @@ def _remember(
 class Remembered(NamedTuple):
     """said: the lse of what answers [B,Hq,1], -inf where nothing does; applied: whether it does, bool [B,Hq,1]. Where
     heads can be asked again: asked, bool [B,Hq], those that are to be, and counts, int64 [B,2], how many, and how many
-    could be, of all steps; late: queries that are asked later, copies."""
+    could be, of all steps. asking: a copy of the queries, where that is for a later step."""
 
     said: Tensor
     applied: Tensor
