@@ -364,8 +364,7 @@ class LayerKV(CacheLayerMixin):
         """Count a step that was replayed."""
         s = self.state
         s.seen, s.steps, s.age = s.seen + 1, s.steps + 1, s.age + 1
-        for buffer in (s.window.k, s.window.v, s.window.pos):
-            buffer.len += 1
+        s.window.count()
 
     @property
     def full(self) -> bool:

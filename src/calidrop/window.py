@@ -45,10 +45,14 @@ class Window(State):
         assert self.before is not None
         return t.pos[0, 0] - self.before
 
-    def written(self, t: Tokens) -> None:
-        """A token [B,H,1] was put into the memory of a fixed window."""
+    def count(self) -> None:
+        """One more token is in the memory of a fixed window."""
         for buffer in (self.k, self.v, self.pos):
             buffer.len += 1
+
+    def written(self, t: Tokens) -> None:
+        """A token [B,H,1] was put into the memory of a fixed window."""
+        self.count()
         if self.stats:  # a score may have counted in the slot while it was empty
             slot = self._slot(t)
             self.stats = {n: s.index_fill(2, slot, 0) for n, s in self.stats.items()}

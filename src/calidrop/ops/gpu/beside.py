@@ -123,11 +123,11 @@ def remembered(
     asks = recompute is not None
     counts = lse0.new_empty(B, 2, dtype=torch.int64) if asks else None
     own = Queries(new(q), new(qs.pos), qs.scale, qs.softcap) if late else None
-    block = max(16, min(64, 4096 // (triton.next_power_of_2(heads) * triton.next_power_of_2(Hq // heads))))
+    HP, GP = triton.next_power_of_2(heads), triton.next_power_of_2(Hq // heads)
     launch(
         _remember, (B,), q, qs.pos.contiguous(), q0, lse0, mean, counted, said, applied.view(torch.uint8),
         asked.view(torch.uint8), counts, own.q if own else None, own.pos if own else None, qs.scale,
-        recompute if asks else 0.0, apply, ORDER=order, ASKS=asks, LATE=late, H=heads,
-        HP=triton.next_power_of_2(heads), G=Hq // heads, GP=triton.next_power_of_2(Hq // heads), D=D, BLOCK=block,
+        recompute if asks else 0.0, apply, ORDER=order, ASKS=asks, LATE=late, H=heads, HP=HP, G=Hq // heads, GP=GP,
+        D=D, BLOCK=max(16, min(64, 4096 // (HP * GP))),
     )  # fmt: skip
     return Remembered(said[..., None], applied[..., None], asked if asks else None, counts, own)
