@@ -1,12 +1,13 @@
 """Decoding end to end: time per step and bytes held, beside transformers' own caches in the same run.
 
 python -m benchmarks.decode [--contexts 2048,4096,8192] [--batches 1,4] [--recipe R ...] [--json OUT] [--plot PNG]
-                            [--dtype D] [--compiled] [--kvpress PYTHON] [--openvino PYTHON]
+                            [--dtype D] [--compiled] [--proposed N] [--kvpress PYTHON] [--openvino PYTHON]
 
 A page of The Time Machine is run once per context and fills every cache; more rows are copies of the first. Then all
 caches take a few steps in turn, in rounds, so that other work on the machine slows all alike. "times" is the step of
 transformers' DynamicCache with sdpa divided by the recipe's, at the same context and batch, best step against best
-step. "DynamicCache of 512 tokens" is what evicting to 512 tokens could reach at most.
+step. "DynamicCache of 512 tokens" is what evicting to 512 tokens could reach at most. --proposed: steps as speculative
+decoding takes them, of N tokens, all but one of which are taken back.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Row:
 
 
 class Bench:
-    def __init__(self, model: Any, recipes: list[str], compiled: bool = False):
-        self.model, self.recipes, self.compiled = model, recipes, compiled
+    def __init__(self, model: Any, recipes: list[str], compiled: bool = False, proposed: int = 1):
+        self.model, self.recipes, self.compiled, self.proposed = model, recipes, compiled, proposed
 
     def step(self, cache: Cache, ids: Tensor) -> float:
         """Seconds of one forward pass."""
@@ -77,11 +78,20 @@ class Bench:
         self.model(ids, **using(cache), logits_to_keep=1)
         return time.perf_counter() - start
 
+    def turn(self, cache: Cache, ids: Tensor) -> float:
+        """Seconds of a step behind which one token stays."""
+        seconds, start = self.step(cache, ids), time.perf_counter()
+        if ids.shape[1] > 1:
+            cache.crop(1 - ids.shape[1])
+        return seconds + time.perf_counter() - start
+
     def filled(self, ids: Tensor) -> dict[str, Cache]:
         """Every cache after the prompt ids [1,T]."""
         config = self.model.config
         made: dict[str, Cache] = {FULL: DynamicCache(config=config), SHORT: DynamicCache(config=config)}
-        if not any(layer_kinds(config)):  # it refuses models with sliding layers
+        if self.proposed == 1 and not any(
+            layer_kinds(config)
+        ):  # it takes nothing back, and no models with sliding layers
             try:
                 made[FP8] = QuantizedCache("fp8", config)
             except ValueError as error:  # versions of transformers that know no fp8
@@ -92,14 +102,16 @@ class Bench:
         if self.compiled:
             ours |= {f"{r}, compiled": calidrop.KVCache(self.model, r, eager=True, compile=True) for r in self.recipes}
         prefill(self.model, list(ours.values()), ids)
+        for cache in ours.values() if self.proposed > 1 else ():
+            cache.activate_past_recording()
         return made | ours
 
-    def measure(self, caches: dict[str, Cache], token: Tensor, rounds: int, steps: int) -> dict[str, list[float]]:
+    def measure(self, caches: dict[str, Cache], ids: Tensor, rounds: int, steps: int) -> dict[str, list[float]]:
         seconds: dict[str, list[float]] = {name: [] for name in caches}
         for _ in range(rounds):
             for name, cache in caches.items():
-                self.step(cache, token)  # what the others pushed out of the processor's caches comes back
-                seconds[name] += [self.step(cache, token) for _ in range(steps)]
+                self.turn(cache, ids)  # what the others pushed out of the processor's caches comes back
+                seconds[name] += [self.turn(cache, ids) for _ in range(steps)]
         return seconds
 
 
@@ -141,7 +153,7 @@ def rows(
             for cache in caches.values():
                 cache.batch_repeat_interleave(batch // have)
             have = batch
-        seconds = bench.measure(caches, ids[:, -1:].expand(batch, 1), rounds, steps)
+        seconds = bench.measure(caches, ids[:, -bench.proposed :].expand(batch, -1), rounds, steps)
         base, held = min(seconds[FULL]), {name: size(cache) for name, cache in caches.items()}
         for peer in peers:
             more = peer(ids, batch, rounds, steps)
@@ -195,10 +207,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each cache in each round")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--compiled", action="store_true", help="every recipe compiled too; minutes at the first step")
+    parser.add_argument("--proposed", type=int, default=1, help="tokens of a step, of which one stays")
     parser.add_argument("--kvpress", type=Path, help="a python that has kvpress")
     parser.add_argument("--openvino", type=Path, help="a python that has openvino-genai")
     parser.add_argument("--gguf", type=Path, help="of the same model, for it; default: the embedded one's")
     args = parser.parse_args()
+    if args.proposed < 1 or (args.proposed > 1 and (args.compiled or args.kvpress or args.openvino)):
+        parser.error(f"--proposed must be 1, or more of transformers' caches and ours alone, got {args.proposed}")
     model, tokens, machine = begin(args)
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
@@ -212,7 +227,7 @@ def main() -> None:
         peers.append(partial(told, args.openvino, "decode_openvino.py", OPENVINO, own))
     for context in map(int, args.contexts.split(",")):
         batches = [int(b) for b in args.batches.split(",")]
-        bench = Bench(model, args.recipe or RECIPES, args.compiled)
+        bench = Bench(model, args.recipe or RECIPES, args.compiled, args.proposed)
         say = partial(print, flush=True)
         found += rows(bench, tokens[:, :context], batches, args.rounds, args.steps, say, peers)
         if args.json:

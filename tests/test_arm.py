@@ -13,6 +13,7 @@ from filelock import FileLock
 
 import test_attention_predictor
 import test_kernel
+from calidrop import ops
 from calidrop.ops import build, cpu, described
 from calidrop.state import Note
 from test_kernel import (  # noqa: F401 (collected here once more)
@@ -21,6 +22,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
     test_several_sets_empty_slots_and_answers,
     test_what_is_no_number_stays_none,
 )
+from test_proposals import check_turns
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange")
@@ -114,6 +116,11 @@ def test_threads(threads):
 
 def test_a_step_writes_its_token():
     test_kernel.test_a_step_writes_its_token_on_the_way(24, 80, torch.bfloat16, 7, None)
+
+
+@pytest.mark.parametrize("mask", ["all", "window"])
+def test_queries_in_turn(mask):
+    check_turns(mask, 5, torch.float32, None, ops.CPU.name)
 
 
 @pytest.mark.parametrize("recipe", test_kernel.CODED)

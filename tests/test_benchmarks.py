@@ -54,6 +54,28 @@ def test_decode_without_fp8(tiny, monkeypatch, capsys):  # noqa: F811
     assert "full" in said
 
 
+def test_decode_of_proposals(tiny, monkeypatch, capsys):  # noqa: F811
+    sizes = "--contexts", "64", "--batches", "1,2", "--rounds", "1", "--steps", "2", "--threads", "1", "--proposed", "3"
+    monkeypatch.setattr(sys, "argv", ["decode", "--model", tiny, *sizes, "--recipe", "snapkv(budget=40)"])
+    fed, held, measure = [], [], decode.Bench.measure
+
+    def watched(bench, caches, ids, *more):
+        fed.append(tuple(ids.shape))
+        found = measure(bench, caches, ids, *more)
+        held.extend(cache.get_seq_length() for cache in caches.values())
+        return found
+
+    monkeypatch.setattr(decode.Bench, "measure", watched)
+    decode.main()
+    assert fed == [(1, 3), (2, 3)]
+    assert held == [67, 67, 67, 70, 70, 70]  # of three passes one token each stays
+    assert "QuantizedCache" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["decode", "--proposed", "2", "--compiled"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "--proposed must be 1" in capsys.readouterr().err
+
+
 def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "rows.json"
     sizes = "--contexts", "128", "--rounds", "1", "--threads", "1", "--recipe", "snapkv(budget=40)"

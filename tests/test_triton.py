@@ -32,6 +32,7 @@ from calidrop.store import Exact
 from calidrop.tokens import Tokens
 from calidrop.window import Window
 from helpers import check_heard, check_steps_heard, kernels, layer_of, live, random_qkv, run
+from test_proposals import check_verified
 from tiny import batch, generate, tiny, worst
 
 if sys.platform != "linux":
@@ -437,6 +438,11 @@ def test_a_model_decodes_as_it_does_in_torch(recipe, dispatched, monkeypatch):
         want, expected = generate(model, inputs, calidrop.KVCache(model, recipe), new=5)
     assert torch.equal(got, want)
     assert worst(logits, expected) < 2e-3
+
+
+@pytest.mark.parametrize("recipe", ["snapkv(budget=24, recent=8)+int4", "adakv(budget=24, recent=8)+calidrop"])
+def test_proposals_are_answered_together(recipe, dispatched):
+    check_verified(recipe, 9, DEVICE)
 
 
 @pytest.mark.parametrize("recipe", ["h2o(budget=24, every=4)+int4", "lazy_eviction(budget=40, window=4)+fp8"])

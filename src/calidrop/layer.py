@@ -47,6 +47,12 @@ class LayerState(State):
         self.age = 0  # generated tokens since the last compression, prompts between them or not
         self.due = False  # a prompt waits to be compressed
 
+    def put_back(self, moving: list[State]) -> None:
+        """moving: what those parts of the store (`Store.moving`) were."""
+        assert self.store is not None
+        for mine, was in zip(self.store.moving(), moving, strict=True):
+            vars(mine).update(vars(was))
+
 
 class LayerKV(CacheLayerMixin):
     """One layer. `update` stashes keys and values and returns a handle; the attention function brings it back with
@@ -222,42 +228,91 @@ class LayerKV(CacheLayerMixin):
             raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
 
     def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, soft: QKV | None) -> Tensor:
-        """A step that `crop` may shorten: one token at a time, so that every state on the way is what plain decoding
-        would have had there. Forks share their tensors, so keeping them all costs nothing."""
+        """A step that `crop` may shorten. Every state on the way is what plain decoding would have had there: forks
+        share their tensors, so keeping them all costs nothing."""
         out, extra = [], []
         if prompt:
             o = self._prompt(qs.slice(0, prompt), new.slice(0, prompt), sink, soft)
             out, extra = [o[:, :, :prompt]], [o[:, :, prompt:]]
         self.undo = [self.state.fork()]  # type: ignore[list-item]
-        for i in range(prompt, len(qs)):
+        i = prompt
+        while i < len(qs):
             self.settle()
-            out.append(self._step(qs.slice(i, i + 1), new.slice(i, i + 1), sink))
+            n = self._at_once(len(qs) - i)
+            asked, came = qs.slice(i, i + n), new.slice(i, i + n)
+            out.append(self._step(asked, came, sink) if n == 1 else self._steps(asked, came, sink))
             self.undo.append(self.state.fork())  # type: ignore[arg-type]
+            i += n
         return torch.cat(out + extra, 2)
 
+    def _at_once(self, most: int) -> int:
+        """How many generated tokens, up to `most`, may be answered in one go: nothing jumps between them."""
+        store, every = self.state.store, self.plan.every
+        if store is not None and store.alone:
+            return 1
+        return min(most, ops.MOST_QUERIES, every - self.state.age if every else most)
+
+    def _steps(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        """As many steps, for which what is stored is read once; the state after each but the last goes to `undo`."""
+        s, moved = self.state, []
+        one = [qs.slice(i, i + 1) for i in range(len(qs))]
+        if s.store is None or not s.store.moving():
+            parts = s.store.attend(qs) if s.store else []
+        else:
+            said = []
+            for each in one:
+                self._serve()
+                said.append(s.store.attend(each))
+                moved.append([x.fork() for x in s.store.moving()])
+            parts = ops.in_turn(said)
+        o, lse, _ = self._asked(qs, new, sink, parts)
+        s.window.count(-len(qs))
+        for i, each in enumerate(one):
+            s.window.count()
+            self._stepped(each, lse[:, :, i : i + 1])
+            if i < len(qs) - 1:
+                self.undo.append(s.fork())  # type: ignore[arg-type]
+                if moved:  # what is asked last has answered already
+                    self.undo[-1].put_back(moved[i])
+        self._tidied()
+        return o
+
     def _step(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
+        self._serve()
+        o = self._answer(qs, new, sink)
+        self._tidied()
+        return o
+
+    def _serve(self) -> None:
         for x in self.state.store.late() if self.state.store else []:
             x.serve(x.wanted is not None and bool(x.wanted.any()))
-        o = self._answer(qs, new, sink)
+
+    def _tidied(self) -> None:
+        """After a step: what makes shapes jump, if it is time."""
         if self.state.age == self.plan.every:
             self.flush()
         self._trim()
-        return o
 
     def _answer(self, qs: Queries, new: Tokens, sink: Tensor | None) -> Tensor:
-        s = self.state
-        parts = s.store.attend(qs) if s.store else []
-        last = None
+        o, lse, heard = self._asked(qs, new, sink, self.state.store.attend(qs) if self.state.store else [])
+        self._stepped(qs, lse, heard)
+        return o
+
+    def _asked(
+        self, qs: Queries, new: Tokens, sink: Tensor | None, parts: list[Partial | Piece]
+    ) -> tuple[Tensor, Tensor, ops.Heard | None]:
+        """What generated tokens are answered, which are in the window then. parts: of what is stored."""
+        s, last = self.state, None
         if self.column is None and qs.window is not None and qs.window == self.reach:
-            # every column came, so what the mask says is: the last ones
-            last, qs = qs.window, replace(qs, visible=None, window=None)
+            last = qs.window  # every column came, so what the mask says is: the last ones
         heard = ops.Heard() if s.store is not None and s.store.listens else None
         dtype = qs.q.dtype if sink is None else torch.float32
         answer, self.by = ops.step(qs, new, s.window, parts, heard, last, dtype)
-        o, lse = with_sink(qs, answer, sink)
-        s.steps, s.age = s.steps + 1, s.age + 1
+        return *with_sink(qs, answer, sink), heard
+
+    def _stepped(self, qs: Queries, lse: Tensor, heard: ops.Heard | None = None) -> None:
+        self.state.steps, self.state.age = self.state.steps + 1, self.state.age + 1
         self._saw(qs, lse, heard=heard)
-        return o
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV | None) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""

@@ -109,6 +109,15 @@ class Store(State, ABC):
         """Whether `observe` wants to know what every step paid each token."""
         return bool(self.trackers())
 
+    def moving(self) -> list[Store]:
+        """Those of its parts that change as they answer a generated token, and not otherwise before a flush."""
+        return []
+
+    @property
+    def alone(self) -> bool:
+        """Whether `observe` must be told of a generated token before the next is asked."""
+        return self.listens
+
     @property
     def unit(self) -> int:
         """How many consecutive tokens can leave (`leave`) and be answered for elsewhere (`reader`); 0: none can."""
@@ -274,6 +283,13 @@ class Split(Store):
     def trackers(self) -> list[Score]:
         own = [self.score] if self.score.tracks else []
         return own + self.kept.trackers() + self.rest.trackers()
+
+    def moving(self) -> list[Store]:
+        return self.kept.moving() + self.rest.moving()
+
+    @property
+    def alone(self) -> bool:
+        return self.listens or self.kept.alone or self.rest.alone
 
     def late(self) -> list[Late]:
         return self.kept.late() + self.rest.late()

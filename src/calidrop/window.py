@@ -45,10 +45,10 @@ class Window(State):
         assert self.before is not None
         return t.pos[0, 0] - self.before
 
-    def count(self) -> None:
-        """One more token is in the memory of a fixed window."""
+    def count(self, tokens: int = 1) -> None:
+        """So many more tokens (or less) are there, of those in its memory."""
         for buffer in (self.k, self.v, self.pos):
-            buffer.len += 1
+            buffer.len += tokens
 
     def written(self, t: Tokens) -> None:
         """A token [B,H,1] was put into the memory of a fixed window."""

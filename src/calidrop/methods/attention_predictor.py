@@ -283,6 +283,10 @@ class Predicted(Store):
     def listens(self) -> bool:
         return not self.whole
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     # ---- the rest of a store
 
     def tokens(self) -> list[Tokens]:

@@ -286,6 +286,9 @@ class Calibrated(Store):
         self.answer = Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k))
         self.q = torch.where(new.asked[..., None], new.asking.q[:, :, 0].float(), self.q)
 
+    def moving(self) -> list[Store]:
+        return [self] if self.log is not None else []
+
     # ---- answering late
 
     def late(self) -> list[Late]:

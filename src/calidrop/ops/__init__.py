@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from calidrop.attention import SCORE_BYTES, Partial, Queries, finite, grouped, logits, merge
 from calidrop.attention import attend as oracle
 from calidrop.ops import cpu, gpu
+from calidrop.ops.piece import MOST_QUERIES as MOST_QUERIES
 from calidrop.ops.piece import Heard, Piece
 from calidrop.tokens import Tokens
 from calidrop.window import Window
@@ -216,16 +217,41 @@ def joined(qs: Queries, parts: Sequence[Partial | Piece]) -> Partial:
     return pick(qs, parts).decode(qs, parts)
 
 
+def in_turn(said: Sequence[Sequence[Partial | Piece]]) -> list[Partial | Piece]:
+    """What the same parts say to several queries, each asked by itself, as if they had been asked at once."""
+    parts: list[Partial | Piece] = []
+    for same in zip(*said, strict=True):
+        first = same[0]
+        if isinstance(first, Piece):
+            q = [x.q for x in same if isinstance(x, Piece) and x.q is not None]
+            parts.append(replace(first, q=torch.cat(q, 2)) if q else first)
+        else:
+            o, lse = zip(*same, strict=True)
+            parts.append((torch.cat(o, 2), torch.cat(lse, 2)))
+    return parts
+
+
 def step(
     qs: Queries, new: Tokens, window: Window, parts: Sequence[Partial | Piece], heard: Heard | None = None,
     last: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> tuple[Partial, str]:  # fmt: skip
-    """Lets a generated token into the window, and answers its query over disjoint `parts` and the window's last columns
-    (None: all of them). -> o [B,Hq,1,Dv], of that dtype where a kernel can say it so, else fp32; lse [B,Hq,1]; and who
-    answered."""
-    alone = cpu.takes(qs, new, window) and not _triton(new.k.device)
-    if alone and not any(isinstance(p, Piece) and cpu.unread(p, qs) for p in parts):
-        return cpu.step(qs, new, window, parts, heard, last, dtype), CPU.name
+    """Lets generated tokens into the window, and answers their queries over disjoint `parts`, which all of them see,
+    and the window's columns up to their own. last: that they see so many of these, which is all that their mask says;
+    None: all. heard: gets what one query says. -> o [B,Hq,T,Dv], of that dtype where a kernel can say it so, else fp32;
+    lse [B,Hq,T]; and who answered."""
+    asked = qs if last is None else replace(qs, visible=None, window=None)
+    alone = cpu.takes(asked, new, window) and not _triton(new.k.device)
+    if alone and not any(isinstance(p, Piece) and cpu.unread(p, asked) for p in parts):
+        return cpu.step(asked, new, window, parts, heard, last, dtype), CPU.name
+    if len(qs) > 1:
+        window.append(new)
+        held, n = window.tokens(), len(window) - len(qs)
+        if last is not None:
+            parts = [*parts, prompt(qs, held.slice(max(0, n + 1 - last)), last)]
+        else:
+            parts = [*parts, *([piece(held.slice(0, n))] if n else []), prompt(qs, held.slice(n))]
+        backend = pick(asked, parts)
+        return backend.decode(asked, parts), backend.name
     if gpu.puts(new, window):
         gpu.put(new, window)
         window.written(new)
@@ -233,8 +259,8 @@ def step(
         window.append(new)
     held = window.tokens()
     parts = [*parts, piece(held if last is None else held.slice(max(0, len(held) - last)))]
-    backend = pick(qs, parts)
-    return backend.decode(qs, parts, heard), backend.name
+    backend = pick(asked, parts)
+    return backend.decode(asked, parts, heard), backend.name
 
 
 def backend(device: torch.device) -> str:

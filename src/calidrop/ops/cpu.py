@@ -119,9 +119,9 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
 
 
 def takes(qs: Queries, new: Tokens, window: Window) -> bool:
-    """Whether `step` can write a token behind such a window, and answer its query."""
+    """Whether `step` can write tokens behind such a window, and answer their queries."""
     k, v, there = new.k, new.v, window.k.data
-    if len(qs) > 1 or there is None or window.before is not None or k.requires_grad or refusal(qs):
+    if there is None or window.before is not None or k.requires_grad or refusal(qs):
         return False
     known = k.dtype == v.dtype == there.dtype and k.dtype in DTYPES and max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1]
     return known and k.stride(-1) == v.stride(-1) == 1 and new.pos.dtype == torch.int32 and k.device.type == "cpu"
@@ -131,9 +131,10 @@ def step(
     qs: Queries, new: Tokens, window: Window, parts: Sequence[Partial | Piece], heard: Heard | None, last: int | None,
     dtype: torch.dtype,
 ) -> Partial:  # fmt: skip
-    """`decode` of one query over `parts` and the last columns of a window (None: all of them), to which the new token
-    is written first. -> o [B,Hq,1,Dv] of that dtype (or fp32), lse [B,Hq,1]."""
-    B, Hq, _, D = qs.q.shape
+    """`decode` over `parts` and a window, to which the tokens of the queries are written first: each sees the window's
+    columns up to its own, the last so many of them (None: all). -> o [B,Hq,T,Dv] of that dtype (or fp32), lse
+    [B,Hq,T]. heard: as `decode` does."""
+    B, Hq, T, D = qs.q.shape
     H, Dv = new.v.shape[1], new.v.shape[-1]
     memory = k, v, pos = window.grow(new)
     known = window.note.get(memory, window.dense)
@@ -143,14 +144,15 @@ def step(
         window.note.put(memory, window.dense, known)
     stored, at = known
     n = len(window)
-    skip = 0 if last is None else max(0, n - last)
+    skip = 0 if last is None else max(0, n - last - T + 1)
     logits, room = 0, 0
+    heard = heard if T == 1 else None
     if heard is not None:
         logits, room = heard.room_for(v, (B, H, Hq // H, n - skip)).data_ptr(), n - skip
-    out = torch.empty(B, Hq, 1, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    lse, keep = torch.empty(B, Hq, 1), []
+    out = torch.empty(B, Hq, T, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    lse, keep = torch.empty(B, Hq, T), []
     told = [describe(p, qs.q, keep, heard) for p in parts]
-    told.append(NOW.pack(0, logits, room, 0, n - skip, skip, D) + stored)
+    told.append(NOW.pack(0, logits, room, 0, n - skip, skip, D, T, last or 0) + stored)
     coming = *strided(new.k), *strided(new.v), *strided(new.pos), *at
     _ask(qs.q, H, qs.scale, qs.softcap, told, out, lse, coming=coming)
     return out, lse

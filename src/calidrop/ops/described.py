@@ -25,7 +25,7 @@ class Array(ctypes.Structure):
 
 # Piece of pieces.h in two: what is of a call, and what is stored. Packed at once: filling a ctypes.Structure field by
 # field takes three times as long.
-NOW = struct.Struct("@2QqQ2qi")
+NOW = struct.Struct("@2QqQ2q3i")
 STORED = struct.Struct("=9i2Q" + "Q3q" * len(ARRAYS))
 OFFSET = {name: 4 * i for i, name in enumerate(ARRAYS)}
 Place = tuple[int, int, int, int]  # where a column lies, and its strides in bytes
@@ -63,7 +63,7 @@ def packed(
 def listed(k: Tensor, v: Tensor, lens: Tensor, starts: Tensor | None = None) -> bytes:
     """Exact tokens k [slots,D] and v [slots,Dv], of which each (row, head) has some; asked by the queries of a call."""
     columns = {"k": flat(k), "v": flat(v)}
-    now = NOW.pack(0, 0, 0, 0, 0, 0, k.shape[-1])
+    now = NOW.pack(*[0] * 6, k.shape[-1], 0, 0)
     return now + packed(columns, "exact", DTYPES[k.dtype], lens=lens, starts=starts)
 
 
@@ -72,7 +72,7 @@ def describe(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard 
     if not isinstance(part, Piece):
         o, lse = (x.float().contiguous() for x in part)
         keep += [o, lse]
-        return NOW.pack(*[0] * 7) + packed({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, "answered")
+        return NOW.pack(*[0] * 9) + packed({"k": (o.data_ptr(), 0, 0, 0), "v": (lse.data_ptr(), 0, 0, 0)}, "answered")
     own, width = 0, q.shape[-1]
     if part.q is not None:
         asking = part.q.float().contiguous()
@@ -83,7 +83,7 @@ def describe(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard 
         found = heard.room(part, len(q), q.shape[1] // part.heads)
         logits, room = found.data_ptr(), found.shape[-1]
     mix = 0 if part.mix is None else part.mix.data_ptr()
-    return NOW.pack(own, logits, room, mix, part.slots, 0, width) + _of(part)
+    return NOW.pack(own, logits, room, mix, part.slots, 0, width, 0, 0) + _of(part)
 
 
 def _of(part: Piece) -> bytes:

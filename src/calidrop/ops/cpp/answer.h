@@ -40,6 +40,12 @@ struct Answer {
   }
 };
 
+// Rows that are of `many` queries in turn: the i-th sees the tokens from `first + i` to `end + i - 1`. 0: all see all.
+struct Turns {
+  int many;
+  int64_t first, end;
+};
+
 // where the logits of R queries are wanted, a number of floats apart; null where they are not
 struct Heard {
   float* to;
@@ -54,7 +60,7 @@ namespace {
 // scores [R][SCORES] of n tokens become weights against the running maximum, 0 behind them to a whole vector; o and l are
 // rescaled. heard: gets the logits that became weights
 inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, int64_t pos_slot, const char* bias,
-                    int64_t bias_slot, const Heard& heard) {
+                    int64_t bias_slot, const Heard& heard, const Turns& turns = {}) {
   const int end = whole_vectors(n);
   for (int r = 0; r < a.R; ++r) {  // rows are independent: what one waits for, another computes
     float* x = s + r * SCORES;
@@ -65,6 +71,10 @@ inline void softmax(Answer& a, float* s, int n, float softcap, const char* pos, 
     if (pos)
       for (int t = 0; t < n; ++t)
         if (load<int32_t>(pos + t * pos_slot) < 0) x[t] = NONE;
+    if (turns.many) {
+      const auto in = [&](int64_t t) { return std::clamp<int64_t>(t + r % turns.many, 0, n); };
+      std::fill(x, x + in(turns.first), NONE), std::fill(x + in(turns.end), x + n, NONE);
+    }
     if (heard.to) std::memcpy(heard.to + r * heard.apart, x, sizeof(float) * n);
     for (int t = n; t < end; ++t) x[t] = NONE;
     V top = load<V>(x);

@@ -21,11 +21,12 @@ int width(const Piece& x, int D) {
   return x.bits == 8 ? width_of<Codes<8>>(D) : x.bits == 4 ? width_of<Codes<4>>(D) : width_of<Codes<2>>(D);
 }
 
-// the new token of every (row, head) to its place
+// the new tokens of every (row, head) to their places
 void take_in(const Asked& a, const Piece& x) {
-  const int64_t slot = x.skip + x.slots - 1, size = x.dtype == F32 ? 4 : 2;
+  const int64_t slot = x.skip + x.slots - x.turns, size = x.dtype == F32 ? 4 : 2;
   const auto copy = [&](const Array& to, const Array& from, int64_t bytes, int64_t b, int64_t h) {
-    std::memcpy(const_cast<char*>(at_head(to, b, h)) + slot * to.slot, at_head(from, b, h), bytes);
+    for (int64_t i = 0; i < x.turns; ++i)
+      std::memcpy(const_cast<char*>(at_head(to, b, h)) + (slot + i) * to.slot, at_head(from, b, h) + i * from.slot, bytes);
   };
   for (int64_t b = 0; b < a.B; ++b)
     for (int64_t h = 0; h < a.H; ++h) {

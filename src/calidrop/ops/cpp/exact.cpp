@@ -19,6 +19,12 @@ inline void scaled(const Call& c, const Piece& x, const Stretch& at, int width, 
   }
 }
 
+// of the scores of slot t and those behind it
+inline Turns turns(const Piece& x, int64_t t) {
+  const int64_t end = x.slots - x.turns + 1 - t;  // of the first query
+  return {x.turns, x.reach ? end - x.reach : -x.turns, end};
+}
+
 template <class F>
 void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
   const Head p(x, at);
@@ -31,7 +37,7 @@ void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
     const char* k = keys.at(t, n);
     dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
-            p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot, c.heard(x, at, t));
+            p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot, c.heard(x, at, t), turns(x, t));
     weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
     if (a.K) weigh_of<F>(D, k, keys.step, w.s.data(), a.mean.data(), a.K, n, c.R);
   }

@@ -14,6 +14,8 @@ struct Piece {
   int64_t slots;     // per (row, head) where lens is null, behind the first `skip`
   int64_t skip;
   int32_t D;
+  int32_t turns;  // queries of the last tokens, in turn, each of which sees its own token and none behind it; 0: all see all
+  int32_t reach;  // how many tokens such a query sees at most; 0: any number
   // from here on the same in every call, as long as the tokens are
   int32_t kind, dtype, bits, group, channels, rotate;
   int32_t tiers[3];     // channels that are exact, those that have 4 bits, tokens that share a scale
@@ -30,8 +32,8 @@ struct Stretch {
 };
 
 // What `calidrop_decode` is called with. q [B,H,R,D] and out [B,H,R,Dv] in fp32 or bf16, lse [B,H,R]; mean [B,H,R,D] or
-// null, the weighted mean key, of exact pieces alone. k, v, pos: one token of each (row, head) on its way to the last slot
-// of the last piece, which is exact, and to where `at` says its position goes; null where there is none.
+// null, the weighted mean key, of exact pieces alone. k, v, pos: the `turns` tokens of each (row, head) on their way to the
+// last slots of the last piece, which is exact, and to where `at` says their positions go; null where there are none.
 struct Asked {
   const char* q;
   char* out;
