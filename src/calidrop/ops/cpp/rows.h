@@ -60,7 +60,7 @@ template <class F> inline void ask_ahead(const char* row, int i) {
 }
 
 // RT rows of scores, of as many tokens at once as registers hold sums of; behind the last it stands in
-template <class F, int NV, int RT>
+template <class F, int NV, int RT, bool ASKS>
 inline void dots(const char* k, int64_t step, const float* q, int D, float* s, int n) {
   for (int t = 0; t < n; t += TOKENS) {
     const char* row[TOKENS];
@@ -74,9 +74,9 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
         x[j] = F::at(row[j], i, NV);
         if constexpr (REGISTER == 64) in_register(x[j]);  // of narrow ones there are too few
         const int next = TOKENS * i + j;
-        if constexpr (IN_ORDER<F>)
+        if constexpr (ASKS && IN_ORDER<F>)
           ask_ahead<F>(row[0] + (AHEAD<F> + next / NV) * step, next % NV);
-        else
+        else if constexpr (ASKS)
           ask_ahead<F>(row[j] + AHEAD<F> * step, i);
       }
 #pragma GCC unroll 4
@@ -92,7 +92,7 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
 }
 
 // o: rows `wide` apart, of which VT vectors from `from` on
-template <class F, int NV, int RT, int VT>
+template <class F, int NV, int RT, int VT, bool ASKS>
 inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n, int from) {
   V acc[RT][VT];
 #pragma GCC unroll 4
@@ -106,9 +106,9 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int wid
       V x = F::at(row, from + i, NV);
       in_register(x);
       const int next = from * n + VT * t + i;
-      if constexpr (IN_ORDER<F>)
+      if constexpr (ASKS && IN_ORDER<F>)
         ask_ahead<F>(v + (AHEAD<F> + next / NV) * step, next % NV);
-      else
+      else if constexpr (ASKS)
         ask_ahead<F>(row + AHEAD<F> * step, from + i);
 #pragma GCC unroll 4
       for (int r = 0; r < RT; ++r) acc[r][i] += x * p[r * SCORES + t];
@@ -121,34 +121,52 @@ inline void weigh(const char* v, int64_t step, const float* p, float* o, int wid
 }
 
 // in parts of a row whose sums fit the registers
-template <class F, int NV, int RT>
+template <class F, int NV, int RT, bool ASKS>
 inline void weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n) {
   constexpr int VT = REGISTER == 64 ? NV <= 6 ? NV : 4 : RT > 2 || NV % 2 ? 1 : 2;
   for (int t = 0; t < n; t += TOGETHER)
     for (int from = 0; from < NV; from += VT)
-      weigh<F, NV, RT, VT>(v + t * step, step, p + t, o, wide, std::min(TOGETHER, n - t), from);
+      weigh<F, NV, RT, VT, ASKS>(v + t * step, step, p + t, o, wide, std::min(TOGETHER, n - t), from);
 }
 
-// as many rows at once as fit the registers
-template <class F, int NV> void all_dots(const char* k, int64_t step, const float* q, int D, float* s, int n, int R) {
-  int r = 0;
-  for (; r + 4 <= R; r += 4) dots<F, NV, 4>(k, step, q + r * D, D, s + r * SCORES, n);
-  switch (R - r) {
-    case 3: dots<F, NV, 3>(k, step, q + r * D, D, s + r * SCORES, n); break;
-    case 2: dots<F, NV, 2>(k, step, q + r * D, D, s + r * SCORES, n); break;
-    case 1: dots<F, NV, 1>(k, step, q + r * D, D, s + r * SCORES, n); break;
+// R rows, as many at once as fit the registers: run(r, rows from there on, whether they are the first, who ask for memory)
+template <class Run> ALWAYS void all_rows(int R, const Run& run) {
+  using std::integral_constant;
+  constexpr std::true_type first;
+  constexpr std::false_type later;
+  switch (R) {
+    case 1: return run(0, integral_constant<int, 1>{}, first);
+    case 2: return run(0, integral_constant<int, 2>{}, first);
+    case 3: return run(0, integral_constant<int, 3>{}, first);
   }
+  run(0, integral_constant<int, 4>{}, first);
+  int r = 4;
+  for (; r + 4 <= R; r += 4) run(r, integral_constant<int, 4>{}, later);
+  switch (R - r) {
+    case 3: run(r, integral_constant<int, 3>{}, later); break;
+    case 2: run(r, integral_constant<int, 2>{}, later); break;
+    case 1: run(r, integral_constant<int, 1>{}, later); break;
+  }
+}
+
+// tokens that all rows are done with before the next are read, which is from the first cache then
+inline int strip(int R, int n) { return R > 4 ? TOGETHER : n; }
+
+template <class F, int NV> void all_dots(const char* k, int64_t step, const float* q, int D, float* s, int n, int R) {
+  const int some = strip(R, n);
+  for (int t = 0; t < n; t += some)
+    all_rows(R, [&](int r, auto rows, auto first) __attribute__((always_inline)) {
+      dots<F, NV, rows, first>(k + t * step, step, q + r * D, D, s + r * SCORES + t, std::min(some, n - t));
+    });
 }
 
 template <class F, int NV>
 void all_weigh(const char* v, int64_t step, const float* p, float* o, int wide, int n, int R) {
-  int r = 0;
-  for (; r + 4 <= R; r += 4) weigh<F, NV, 4>(v, step, p + r * SCORES, o + r * wide, wide, n);
-  switch (R - r) {
-    case 3: weigh<F, NV, 3>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
-    case 2: weigh<F, NV, 2>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
-    case 1: weigh<F, NV, 1>(v, step, p + r * SCORES, o + r * wide, wide, n); break;
-  }
+  const int some = strip(R, n);
+  for (int t = 0; t < n; t += some)
+    all_rows(R, [&](int r, auto rows, auto first) __attribute__((always_inline)) {
+      weigh<F, NV, rows, first>(v + t * step, step, p + r * SCORES + t, o + r * wide, wide, std::min(some, n - t));
+    });
 }
 
 // the widths of rows that there are loops for; a plane of codes fills whole vectors

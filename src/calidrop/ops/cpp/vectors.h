@@ -58,7 +58,7 @@ template <class X> ALWAYS void add_products(Register& sum, X x, X y) {
 
 // to[r * apart + j] becomes the sum of x[TOKENS * r + j], for r < R and j < TOKENS
 #if defined(__AVX512F__)
-template <int R> inline void store_sums(const Register* x, float* to, int apart) {
+template <int R> ALWAYS void store_sums(const Register* x, float* to, int apart) {
   const auto two = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   const auto halved = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
