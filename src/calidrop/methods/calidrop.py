@@ -188,9 +188,10 @@ class Calibrated(Store):
     def _step(self, qs: Queries) -> tuple[Tensor, Tensor]:
         """All of it in one call. -> the lse of what answers and whether it does, [B,Hq,1]."""
         assert self.q is not None and self.answer is not None
-        old, lists = self.answer, self.log.flat("k", "v") if self.log is not None else []
+        old, evicted = self.answer, self.log.segments if self.log is not None else []
+        held = self.q, old.o, old.lse, old.mean_k
         new, lse, applied, counts = cpu.remembered(
-            qs.q[:, :, 0], qs.scale, (self.q, old.o, old.lse, old.mean_k), self.order, self.recompute, self.apply, lists
+            qs.q[:, :, 0], qs.scale, held, self.order, self.recompute, self.apply, evicted
         )
         if new is not None:
             self.q, self.answer, self.recalled_by = new[0], Answer(*new[1:]), "the host's kernel"

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from calidrop.attention import Partial, Queries
 from calidrop.ops import build, piece
-from calidrop.ops.described import DTYPES, KINDS, NOW, Array, array, describe, listed, packed, strided
+from calidrop.ops.described import DTYPES, KINDS, NOW, Array, array, describe, listed, packed, strided, whole
 from calidrop.ops.piece import Heard, Piece
+from calidrop.state import Ragged
 from calidrop.tokens import Tokens
 from calidrop.window import Window
 
@@ -185,25 +186,22 @@ def remembers(q: Tensor) -> bool:
 
 
 def remembered(
-    q: Tensor, scale: float, held: Memory, order: int, recompute: float, apply: float,
-    lists: Sequence[tuple[Tensor, ...]],
+    q: Tensor, scale: float, held: Memory, order: int, recompute: float, apply: float, evicted: Sequence[Ragged],
 ) -> tuple[Memory | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """A step of `calidrop`. q [B,Hq,D]; held: what query heads remember, the query [B,Hq,D], o [B,Hq,Dv], lse [B,Hq]
-    and the weighted mean key [B,Hq,D], fp32. lists: of the evicted tokens (none where they are gone) columns k and v
-    [slots,...] that `recalls` allows, one (row, head) behind the other, and how many each has, int64 [B,H].
-    -> what is remembered now (None: what was), the lse of what answers [B,Hq], -inf where nothing does, whether it
-    does, bool [B,Hq], and int64 [B,2]: heads that were asked again, and that could have been."""
+    and the weighted mean key [B,Hq,D], fp32. evicted: tokens with columns k and v that `recalls` allows; none where
+    they are gone. -> what is remembered now (None: what was), the lse of what answers [B,Hq], -inf where nothing does,
+    whether it does, bool [B,Hq], and int64 [B,2]: heads that were asked again, and that could have been."""
     B, Hq, D = q.shape
-    H, Dv = lists[0][-1].shape[1] if lists else Hq, held[1].shape[-1]
+    H, Dv = evicted[0].lens.shape[1] if evicted else Hq, held[1].shape[-1]
     q, *old = (x.float().contiguous() for x in (q, *held))
     new = tuple(torch.empty_like(x) for x in old)
     said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
     counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
-    told = [listed(*x) for x in lists]
+    told = b"".join([whole(x) for x in evicted])
     kernel().remember(
-        q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply,
-        b"".join(told), len(told), *(x.data_ptr() for x in (*new, said, applied, counts)), asked,
-        torch.get_num_threads(),
+        q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply, told,
+        len(evicted), *(x.data_ptr() for x in (*new, said, applied, counts)), asked, torch.get_num_threads(),
     )  # fmt: skip
     return (new if asked[0] else None), said, applied, counts  # type: ignore[return-value]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calidrop.attention import Partial
 from calidrop.ops.piece import Heard, Piece
+from calidrop.state import Ragged
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "answered": 3, "per group": 4, "e4m3": 5, "tiers": 6}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -65,6 +66,17 @@ def listed(k: Tensor, v: Tensor, lens: Tensor, starts: Tensor | None = None) -> 
     columns = {"k": flat(k), "v": flat(v)}
     now = NOW.pack(*[0] * 6, k.shape[-1], 0, 0)
     return now + packed(columns, "exact", DTYPES[k.dtype], lens=lens, starts=starts)
+
+
+def whole(s: Ragged) -> bytes:
+    """`listed` of all exact tokens k and v of every (row, head)."""
+    k, v = s.data["k"], s.data["v"]
+    tensors = k, v, s.lens
+    found = s.note.get(tensors, whole)
+    if found is None:
+        found = listed(k.view(-1, k.shape[-1]), v.view(-1, v.shape[-1]), s.lens)
+        s.note.put(tensors, whole, found)
+    return found
 
 
 def describe(part: Partial | Piece, q: Tensor, keep: list[Tensor], heard: Heard | None) -> bytes:
