@@ -76,6 +76,21 @@ def test_exact(D, N, dtype):
         check(qs, [ops.piece(t)], [t], 2e-5)
 
 
+@pytest.mark.parametrize("D", [24, *sorted(cpu.HEAD_DIMS)])
+@pytest.mark.parametrize("N", [1, 63, 65, 700])
+def test_exact_keys_and_queries_in_bf16(D, N):
+    """Whose products are exact; a query that is no such number is asked as it is."""
+    t = tokens(2, 2, N, D, torch.bfloat16)
+    for group, T in ((1, 1), (3, 1), (4, 2), (7, 1), (3, 6)):
+        qs = queries(2, 2 * group, T, D)
+        qs = replace(qs, q=qs.q.bfloat16())
+        check(qs, [ops.piece(t)], [t], 2e-5)
+        check(replace(qs, softcap=3.0), [ops.piece(t)], [t], 2e-5)
+        q = qs.q.float()
+        q[0, 0, 0, 0] += 1e-3
+        check(replace(qs, q=q), [ops.piece(t)], [t], 2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "Dv"), [(24, 64), (38, 38), (112, 16), (128, 130), (320, 1), (192, 128)])
 def test_rows_of_any_width(D, Dv, dtype):

@@ -5,6 +5,7 @@ namespace {
 
 struct Scratch {
   std::vector<float> q, s;
+  std::vector<uint16_t> pairs;
   std::vector<char> keys, values;
 };
 
@@ -19,6 +20,28 @@ inline void scaled(const Call& c, const Piece& x, const Stretch& at, int width, 
   }
 }
 
+#ifdef CALIDROP_PAIRS
+// the same queries in bf16 and without the scale, where they are such numbers; else false
+inline bool paired(const Call& c, const Piece& x, const Stretch& at, int width, Scratch& w) {
+  const float* q = c.queries(x, at);
+  w.pairs.assign(static_cast<size_t>(c.R) * width, 0);
+  bool all = true;
+  for (int r = 0; r < c.R; ++r)
+    for (int d = 0; d < x.D; ++d) {
+      const uint16_t y = w.pairs[r * width + d] = bfloat(q[r * x.D + d]);
+      all &= of_bfloat(y) == q[r * x.D + d];
+    }
+  return all;
+}
+
+// the scores of n of their tokens
+void pair_scores(const Call& c, int width, const char* k, int64_t step, int n, Scratch& w) {
+  dots_of<Pairs>(width, k, step, w.pairs.data(), w.s.data(), n, c.R);
+  for (int r = 0; r < c.R; ++r)
+    for (float* s = w.s.data() + r * SCORES; s < w.s.data() + r * SCORES + n; s += 16) store(s, load<V>(s) * c.scale);
+}
+#endif
+
 // of the scores of slot t and those behind it
 inline Turns turns(const Piece& x, int64_t t) {
   const int64_t end = x.slots - x.turns + 1 - t;  // of the first query
@@ -32,10 +55,18 @@ void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
   const Rows keys(p.k, x.k.slot, x.D * F::BITS / 8, D * F::BITS / 8, w.keys);
   const Rows values(p.v, x.v.slot, c.Dv * F::BITS / 8, Dv * F::BITS / 8, w.values);
   scaled(c, x, at, D, w);
+#ifdef CALIDROP_PAIRS
+  const bool pairs = std::is_same_v<F, BFloat16> && known<Pairs>(D) && paired(c, x, at, D, w);
+#endif
   for (int64_t t = at.from; t < at.to; t += SCORES) {
     const int n = static_cast<int>(std::min<int64_t>(SCORES, at.to - t));
     const char* k = keys.at(t, n);
-    dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
+#ifdef CALIDROP_PAIRS
+    if (pairs)
+      pair_scores(c, D, k, keys.step, n, w);
+    else
+#endif
+      dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
             p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot, c.heard(x, at, t), turns(x, t));
     weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);

@@ -1,4 +1,5 @@
-// Rows of floats or of codes against fp32 queries and weights: portable, converting codes to floats.
+// Rows of floats or of codes against fp32 queries and weights: portable, converting codes to floats. And rows of bf16
+// against queries of bf16, where processors multiply them.
 #pragma once
 #include "vectors.h"
 
@@ -7,7 +8,10 @@ namespace {
 // ---- rows of one token as NV vectors of 16 floats; codes come plane by plane (the first code of every byte, ...)
 
 struct Every {
+  using Query = float;
+  static constexpr int WIDE = 16;  // numbers of a vector
   static constexpr bool reads(int) { return true; }  // rows of so many
+  static inline V query(const float* q, int i) { return load<V>(q + 16 * i); }
 };
 struct Float32 : Every {
   static constexpr int BITS = 32;
@@ -33,6 +37,16 @@ struct E4M3 : Every {
     return of_halves(x & uint16_t{0xbfff});
   }
 };
+#ifdef CALIDROP_PAIRS
+// queries are bf16 too: products of two numbers each, exact but for those below 1e-38, which count as 0
+struct Pairs : Every {
+  using Query = uint16_t;
+  static constexpr int BITS = 16, WIDE = 32;
+  static constexpr bool reads(int n) { return n % WIDE == 0; }
+  static inline Lanes<32>::H at(const char* row, int i, int) { return load<Lanes<32>::H>(row + 64 * i); }
+  static inline Lanes<32>::H query(const uint16_t* q, int i) { return load<Lanes<32>::H>(q + 32 * i); }
+};
+#endif
 template <int N> struct Codes : Every {
   static constexpr int BITS = N;
   static inline V at(const char* row, int i, int vectors) {
@@ -55,20 +69,20 @@ template <class F> constexpr int AHEAD = IN_ORDER<F> ? 32 : 16;  // tokens, from
 
 // asks for the line in which vector i of a row begins, once for all vectors of the line
 template <class F> inline void ask_ahead(const char* row, int i) {
-  const int at = 2 * F::BITS * i;
+  const int at = F::WIDE / 8 * F::BITS * i;
   if (at % 64 == 0) __builtin_prefetch(row + at);
 }
 
 // RT rows of scores, of as many tokens at once as registers hold sums of; behind the last it stands in
 template <class F, int NV, int RT, bool ASKS>
-inline void dots(const char* k, int64_t step, const float* q, int D, float* s, int n) {
+inline void dots(const char* k, int64_t step, const typename F::Query* q, int D, float* s, int n) {
   for (int t = 0; t < n; t += TOKENS) {
     const char* row[TOKENS];
     for (int j = 0; j < TOKENS; ++j) row[j] = k + std::min(t + j, n - 1) * step;
     Register a[TOKENS * RT] = {};
 #pragma GCC unroll UNROLLED
     for (int i = 0; i < NV; ++i) {
-      V x[TOKENS];
+      decltype(F::at(k, i, NV)) x[TOKENS];
 #pragma GCC unroll 4
       for (int j = 0; j < TOKENS; ++j) {
         x[j] = F::at(row[j], i, NV);
@@ -81,7 +95,7 @@ inline void dots(const char* k, int64_t step, const float* q, int D, float* s, i
       }
 #pragma GCC unroll 4
       for (int r = 0; r < RT; ++r) {
-        V y = load<V>(q + r * D + 16 * i);
+        auto y = F::query(q + r * D, i);
         in_register(y);
 #pragma GCC unroll 4
         for (int j = 0; j < TOKENS; ++j) add_products(a[TOKENS * r + j], x[j], y);
@@ -152,7 +166,8 @@ template <class Run> ALWAYS void all_rows(int R, const Run& run) {
 // tokens that all rows are done with before the next are read, which is from the first cache then
 inline int strip(int R, int n) { return R > 4 ? TOGETHER : n; }
 
-template <class F, int NV> void all_dots(const char* k, int64_t step, const float* q, int D, float* s, int n, int R) {
+template <class F, int NV>
+void all_dots(const char* k, int64_t step, const typename F::Query* q, int D, float* s, int n, int R) {
   const int some = strip(R, n);
   for (int t = 0; t < n; t += some)
     all_rows(R, [&](int r, auto rows, auto first) __attribute__((always_inline)) {
@@ -189,8 +204,9 @@ template <class F, int I = 0, class Do> inline void of_width(int D, Do f) {
   }
 }
 
-template <class F> void dots_of(int D, const char* k, int64_t step, const float* q, float* s, int n, int R) {
-  of_width<F>(D, [&](auto vectors) { all_dots<F, vectors>(k, step, q, D, s, n, R); });
+template <class F>
+void dots_of(int D, const char* k, int64_t step, const typename F::Query* q, float* s, int n, int R) {
+  of_width<F>(D, [&](auto vectors) { all_dots<F, vectors * 16 / F::WIDE>(k, step, q, D, s, n, R); });
 }
 
 // o: rows `wide` apart

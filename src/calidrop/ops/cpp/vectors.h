@@ -49,6 +49,15 @@ constexpr int TOKENS = 2;  // whose sums for four queries registers hold
 constexpr int TOKENS = 4;
 #endif
 
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define CALIDROP_PAIRS 1
+ALWAYS void in_register(Lanes<32>::H& x) { asm("" : "+v"(x)); }
+// of bf16; written out because compilers know such vectors under names of their own
+ALWAYS void add_products(Register& sum, Lanes<32>::H x, Lanes<32>::H y) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+}
+#endif
+
 template <class X> ALWAYS void add_products(Register& sum, X x, X y) {
   if constexpr (HALVED<X>)
     add_products(sum, x.a, y.a), add_products(sum, x.b, y.b);
