@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="of the same model, for it; default: the embedded one's")
     args = parser.parse_args()
     if args.proposed < 1 or (args.proposed > 1 and (args.compiled or args.kvpress or args.openvino)):
-        parser.error(f"--proposed must be 1, or more of transformers' caches and ours alone, got {args.proposed}")
+        parser.error(f"--proposed must be 1 or more, and 1 beside --compiled and other libraries, got {args.proposed}")
     model, tokens, machine = begin(args)
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")

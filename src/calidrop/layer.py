@@ -248,7 +248,7 @@ class LayerKV(CacheLayerMixin):
     def _at_once(self, most: int) -> int:
         """How many generated tokens, up to `most`, may be answered in one go: nothing jumps between them."""
         store, every = self.state.store, self.plan.every
-        if store is not None and store.alone:
+        if store is not None and store.one_by_one:
             return 1
         return min(most, ops.MOST_QUERIES, every - self.state.age if every else most)
 

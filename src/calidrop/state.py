@@ -31,9 +31,7 @@ class State:
     def fork(self) -> State:
         """A snapshot that shares tensors with this object; later changes to either are not seen by the other."""
         new = object.__new__(type(self))  # what `copy.copy` does takes several times as long
-        vars(new).update(
-            {name: _fork(value) if isinstance(value, _MADE) else value for name, value in vars(self).items()}
-        )
+        vars(new).update({name: _fork(value) for name, value in vars(self).items()})
         return new
 
     def take_rows(self, rows: Tensor) -> None:
@@ -82,9 +80,6 @@ class Note:
 
     def __reduce__(self) -> tuple[type[Note], tuple[()]]:
         return Note, ()  # elsewhere nothing is known
-
-
-_MADE = (State, dict, list)  # what may have parts that change
 
 
 def _fork(value: Any) -> Any:

@@ -114,7 +114,7 @@ class Store(State, ABC):
         return []
 
     @property
-    def alone(self) -> bool:
+    def one_by_one(self) -> bool:
         """Whether `observe` must be told of a generated token before the next is asked."""
         return self.listens
 
@@ -288,8 +288,8 @@ class Split(Store):
         return self.kept.moving() + self.rest.moving()
 
     @property
-    def alone(self) -> bool:
-        return self.listens or self.kept.alone or self.rest.alone
+    def one_by_one(self) -> bool:
+        return self.listens or self.kept.one_by_one or self.rest.one_by_one
 
     def late(self) -> list[Late]:
         return self.kept.late() + self.rest.late()

@@ -284,7 +284,7 @@ class Predicted(Store):
         return not self.whole
 
     @property
-    def alone(self) -> bool:
+    def one_by_one(self) -> bool:
         return True
 
     # ---- the rest of a store
