@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 import calidrop
 from benchmarks.page import begin, options
 from calidrop import ops
+from calidrop.linear import Linear, fast_linear
 from calidrop.models import embedded, embedded_gguf
 from calidrop.plugin import ATTENTION, using
 from calidrop.state import held_bytes
@@ -50,6 +51,7 @@ RECIPES = [
 KEPT = 512  # tokens, by everything that evicts
 KVPRESS, OPENVINO = "kvpress {kvpress}, transformers {transformers}", "OpenVINO GenAI {openvino_genai}"
 FULL, SHORT, FP8 = "DynamicCache", f"DynamicCache of {KEPT} tokens", "QuantizedCache fp8"
+STOCK = f"{FULL}, torch's linear layers"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Bench:
                 made[FP8] = QuantizedCache("fp8", config)
             except ValueError as error:  # versions of transformers that know no fp8
                 print(f"{FP8} is left out: {error}")
+        if any(isinstance(layer, Linear) for layer in self.model.modules()) and self.model.dtype is torch.float32:
+            made[STOCK] = DynamicCache(config=config)
         for name, cache in made.items():
             self.step(cache, ids[:, :KEPT] if name == SHORT else ids)
         ours = {recipe: calidrop.KVCache(self.model, recipe, eager=True) for recipe in self.recipes}
@@ -108,6 +112,7 @@ class Bench:
         seconds: dict[str, list[float]] = {name: [] for name in caches}
         for _ in range(rounds):
             for name, cache in caches.items():
+                fast_linear(self.model, name != STOCK)
                 self.turn(cache, ids)  # what the others pushed out of the processor's caches comes back
                 seconds[name] += [self.turn(cache, ids) for _ in range(steps)]
         return seconds
@@ -179,7 +184,7 @@ def plot(found: list[Row], title: str, file: Path) -> None:
     for ax, batch in zip(axes[0], batches, strict=True):
         for i, name in enumerate(names):
             of = [row for row in found if (row.batch, row.cache) == (batch, name)]
-            ours = name not in (FULL, SHORT, FP8) and ": " not in name  # peers' names begin with their version
+            ours = name not in (FULL, SHORT, STOCK, FP8) and ": " not in name  # peers' names begin with their version
             contexts, ms = [r.context for r in of], [r.best_ms for r in of]
             ax.plot(contexts, ms, "-o" if ours else "--x", color=colours(i % 20), label=name)
         ax.set(title=f"batch {batch}", xlabel="context, tokens", xscale="log", yscale="log")

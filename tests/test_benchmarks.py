@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from benchmarks import decode, prefill
+from benchmarks import decode, linear, prefill
 
+import calidrop.linear
 from test_cli import tiny  # noqa: F401 (a fixture)
 
 
@@ -68,12 +69,56 @@ def test_decode_of_proposals(tiny, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(decode.Bench, "measure", watched)
     decode.main()
     assert fed == [(1, 3), (2, 3)]
-    assert held == [67, 67, 67, 70, 70, 70]  # of three passes one token each stays
+    caches = 3 + calidrop.linear.helps()
+    assert held == [67] * caches + [70] * caches  # of three passes one token each stays
     assert "QuantizedCache" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["decode", "--proposed", "2", "--compiled"])
     with pytest.raises(SystemExit):
         decode.main()
     assert "--proposed must be 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "differ"), [("float32", True), ("bfloat16", False), ("float32", False)])
+def test_decode_with_torchs_linear_layers_too(tiny, dtype, differ, monkeypatch, capsys):  # noqa: F811
+    """Where ours are others: one row more, the only one whose steps they take."""
+    monkeypatch.setattr(calidrop.linear, "helps", lambda: differ or dtype == "bfloat16")
+    sizes = "--contexts", "64", "--batches", "1", "--rounds", "2", "--steps", "1", "--threads", "1", "--recipe", "full"
+    monkeypatch.setattr(sys, "argv", ["decode", "--model", tiny, "--dtype", dtype, *sizes])
+    kinds, step = [], decode.Bench.step
+
+    def watched(bench, cache, ids):
+        if ids.shape[1] == 1:
+            kinds.append((id(cache), type(bench.model.lm_head)))
+        return step(bench, cache, ids)
+
+    monkeypatch.setattr(decode.Bench, "step", watched)
+    decode.main()
+    assert (decode.STOCK in capsys.readouterr().out) is differ
+    torchs = {cache for cache, kind in kinds if kind is torch.nn.Linear}
+    ours = {cache for cache, kind in kinds if kind is calidrop.linear.Linear}
+    assert not torchs & ours
+    assert (len(torchs), len(ours)) == {"float32": (1, 4) if differ else (4, 0), "bfloat16": (0, 4)}[dtype]
+
+
+def test_linear(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(calidrop.linear, "helps", lambda: True)
+    out = tmp_path / "rows.json"
+    sizes = "--rows", "1,3,70", "--rounds", "1", "--threads", "1", "--json", str(out)
+    monkeypatch.setattr(sys, "argv", ["linear", "--model", tiny, *sizes])
+    kinds, once = [], linear.once
+
+    def watched(layers, inputs):
+        kinds.append((len(layers), {type(layer) for layer in layers}))
+        return once(layers, inputs)
+
+    monkeypatch.setattr(linear, "once", watched)
+    linear.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["rows"] for row in rows] == [1, 3, 70]
+    assert all(row["times"] == row["torch_ms"] / row["ours_ms"] for row in rows)
+    each = [{torch.nn.Linear}] * 2 + [{calidrop.linear.Linear}] * 2
+    assert [kind for _, kind in kinds] == each * 3
+    assert kinds[-1][0] == kinds[0][0] - 1  # a prompt's rows do not go through the head
 
 
 def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811

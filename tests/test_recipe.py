@@ -238,7 +238,7 @@ def test_a_model_whose_cache_could_not_be_built_is_unchanged(recipe):
 
 
 def test_public_names():
-    assert calidrop.__all__ == ["KVCache", "Recipe", "adapt", "load", "plan", "show"]
+    assert calidrop.__all__ == ["KVCache", "Recipe", "adapt", "fast_linear", "load", "plan", "show"]
     assert all(hasattr(calidrop, name) for name in calidrop.__all__)
     for name, build in METHODS.items():
         assert build is getattr(methods, name)

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calidrop.adapter import adapt as adapt
     from calidrop.cache import KVCache as KVCache
+    from calidrop.linear import fast_linear as fast_linear
     from calidrop.models import load as load
     from calidrop.planning import plan as plan
     from calidrop.recipe import Recipe as Recipe
     from calidrop.showing import show as show
 
 __version__ = "0.1.0"
-__all__ = ["KVCache", "Recipe", "adapt", "load", "plan", "show"]
+__all__ = ["KVCache", "Recipe", "adapt", "fast_linear", "load", "plan", "show"]
 
 _HOME = {
-    "KVCache": "cache", "Recipe": "recipe", "adapt": "adapter", "load": "models", "plan": "planning", "show": "showing",
+    "KVCache": "cache", "Recipe": "recipe", "adapt": "adapter", "fast_linear": "linear", "load": "models",
+    "plan": "planning", "show": "showing",
 }  # fmt: skip
 
 

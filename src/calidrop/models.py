@@ -25,6 +25,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from calidrop.linear import fast_linear
+
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")  # the last: that of the checkpoint
 _FORMAT = 1  # part of the cache key: raise it when _convert writes something else
@@ -58,9 +60,9 @@ def load(
     distributed_config: transformers' DistributedConfig, in each process of a `torchrun` that shares one model; then the
         device is not chosen here.
 
-    Sampling defaults that a checkpoint brings along (temperature, top_p, ...) are cleared.
-    Raises ModelNotFound, with one line saying what was asked, where it was looked for and what to do; ValueError for
-    another dtype.
+    Sampling defaults that a checkpoint brings along (temperature, top_p, ...) are cleared. On a CPU the linear layers
+    run by the faster of torch's libraries (`calidrop.fast_linear`). Raises ModelNotFound, with one line saying what
+    was asked, where it was looked for and what to do; ValueError for another dtype.
     """
     check_dtype(dtype)
     if device is not None and distributed_config is not None:
@@ -68,7 +70,10 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = {"distributed_config": distributed_config} if distributed_config else {"device_map": {"": device}}
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return _found(name, lambda source: _read(source, dtype, where))
+    model, tokenizer = _found(name, lambda source: _read(source, dtype, where))
+    if not distributed_config and device.type == "cpu":  # weights shared among processes go by transformers' own hooks
+        fast_linear(model)
+    return model, tokenizer
 
 
 def check_dtype(dtype: Any) -> None:
