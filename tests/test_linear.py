@@ -100,6 +100,44 @@ def test_gradients_are_torchs(rows: int) -> None:
     assert torch.equal(ours.bias.grad, torch.full([8], float(rows)))
 
 
+DERIVATIVES = {
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (x.flip(0),))[1],
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x),
+    "jacfwd": lambda m, x: torch.func.jacfwd(m)(x),
+    "hessian": lambda m, x: torch.func.hessian(lambda y: m(y).pow(3).sum())(x),
+    "vmap": lambda m, x: torch.vmap(m)(x.expand(3, -1, -1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("of", DERIVATIVES)
+def test_derivatives_of_functions(of: str, rows: int, grad: bool) -> None:
+    plain, ours = (m.requires_grad_(False) for m in pair(24, 8))
+    x = torch.randn(rows, 24)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(DERIVATIVES[of](ours, x), DERIVATIVES[of](plain, x))
+
+
+class Doubled(torch.Tensor):
+    """A tensor with a product of its own, as quantized ones are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) * 2 if func is nn.functional.linear else out
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_weights_own_product_is_respected(rows: int) -> None:
+    plain, ours = pair(24, 8, bias=False)
+    ours.weight = nn.Parameter(plain.weight.detach().as_subclass(Doubled), requires_grad=False)
+    x = torch.randn(rows, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), 2 * plain(x))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_compiles_in_one_graph(rows: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 M = TypeVar("M", bound=nn.Module)
 CPUINFO = Path("/proc/cpuinfo")
@@ -35,24 +36,21 @@ class Linear(nn.Linear):
             out = torch.mm(self.weight, (torch.cat((flat, flat)) if rows == 1 else flat).T).T[:rows].contiguous()
             out = out.view(*input.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias
-        if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:  # torch.compile does not take the call
+        if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or unpack_dual(input).tangent is not None:
             return super().forward(input)
+        # This call has no derivatives of any kind, and torch.compile does not take it.
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
     def _ours(self, input: Tensor) -> bool:
         weight = self.weight
-        return (
-            input.dtype is weight.dtype is torch.float32
-            and input.is_cpu
-            and weight.is_cpu
-            and input.shape[-1] == self.in_features
-            and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and self._learns(input))
+        if type(weight) is not nn.Parameter:  # quantized, or shared among processes: it has a product of its own
+            return False
+        known = input.is_cpu and weight.is_cpu and input.dtype is weight.dtype is torch.float32
+        if not known or input.shape[-1] != self.in_features or torch.is_autocast_enabled("cpu"):
+            return False
+        return not torch.is_grad_enabled() or not (
+            input.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-
-    def _learns(self, input: Tensor) -> bool:
-        """Whether a gradient is wanted: oneDNN's call has none, and would only warn."""
-        return input.requires_grad or any(p.requires_grad for p in self.parameters())
 
 
 def fast_linear(model: M, on: bool = True) -> M:
