@@ -96,7 +96,7 @@ class Bench:
                 made[FP8] = QuantizedCache("fp8", config)
             except ValueError as error:  # versions of transformers that know no fp8
                 print(f"{FP8} is left out: {error}")
-        if any(isinstance(layer, Linear) for layer in self.model.modules()) and self.model.dtype is torch.float32:
+        if any(isinstance(layer, Linear) for layer in self.model.modules()):
             made[STOCK] = DynamicCache(config=config)
         for name, cache in made.items():
             self.step(cache, ids[:, :KEPT] if name == SHORT else ids)

@@ -29,6 +29,7 @@ void calidrop_follow(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, in
                      void*, void*, void*, void*, float, void*, void*, void*, int32_t);
 void calidrop_exchange(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, int64_t, void*, void*, int64_t, void*, int64_t,
                        void*, int32_t);
+void calidrop_linear(void*, void*, int32_t, void*, int32_t, int32_t, int32_t, void*, int32_t);
 }
 
 struct Range {
@@ -94,6 +95,7 @@ int main(int, char** names) {
     case 6: call(calidrop_remember, w); break;
     case 7: call(calidrop_follow, w); break;
     case 8: call(calidrop_exchange, w); break;
+    case 9: call(calidrop_linear, w); break;
   }
   std::fseek(file, memory, SEEK_SET);
   for (const Range& x : ranges) need(std::fwrite(x.at, 1, x.size, file) == x.size, "result");

@@ -25,7 +25,7 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 from test_proposals import check_turns
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange")
+FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange", "linear")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -147,6 +147,12 @@ def test_column_sums(D, W, dtype, monkeypatch):
 )
 def test_a_prompt(G, D, Dv, W, dtype, monkeypatch):
     test_kernel.test_a_prompt_with_its_column_sums((), None, G, D, Dv, W, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out"), [(48, 3), (576, 130)])
+def test_a_linear_layer(width, out, dtype, monkeypatch):
+    test_kernel.test_a_linear_layer((), width, out, dtype, 2, monkeypatch)
 
 
 @pytest.mark.parametrize("later", [False, True])

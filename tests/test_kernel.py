@@ -542,6 +542,39 @@ def test_a_prompt_that_gradients_go_through_is_attended_by_torch():
     assert ops.prompt_with_mass(replace(qs, q=qs.q.clone().requires_grad_()), t)[1] is None
 
 
+@pytest.mark.parametrize("flags", [variant for variant in VARIANTS if variant.id != "no amx"])
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out"), [(16, 1), (48, 3), (64, 16), (576, 130), (1536, 33), (96, 1025), (512, 640)])
+def test_a_linear_layer(flags, width, out, dtype, threads, monkeypatch):
+    """Between rows that are no numbers; what is said to a row does not depend on those beside it."""
+    use(flags, monkeypatch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    room = torch.full((out + 2, width), float("nan"), dtype=dtype)
+    weight, bias = room[1:-1], torch.randn(out).to(dtype)
+    weight[:] = torch.randn(out, width)
+    x = torch.randn(8, width).to(dtype)
+    want = x.double() @ weight.double().T
+    limit = 2e-5 * width**0.5
+    for more in (None, bias):
+        whole = want if more is None else want + more.double()
+        said = cpu.linear(x, weight, more)
+        assert said.dtype is dtype
+        off = (said.double() - whole).abs()
+        assert (off <= limit + (0 if dtype is torch.float32 else 2**-8 * whole.abs())).all()
+        for rows in range(1, 8):
+            assert cpu.multiplies(x[:rows], weight)
+            assert torch.equal(cpu.linear(x[-rows:], weight, more), said[-rows:])
+
+
+def test_linear_layers_that_the_kernel_does_not_take():
+    x, w = torch.randn(8, 32), torch.randn(4, 32)
+    assert cpu.multiplies(x, w) and cpu.multiplies(x[0], w) and cpu.multiplies(x.view(2, 4, 32), w)
+    others = [(torch.randn(9, 32), w), (x[:0], w), (x[:, :8], w[:, :8].contiguous()), (x, torch.randn(32, 4).T)]
+    others += [(x.bfloat16(), w), *((x.to(dtype), w.to(dtype)) for dtype in (torch.float16, torch.float64))]
+    assert not any(cpu.multiplies(rows, weight) for rows, weight in others)
+
+
 @pytest.mark.parametrize("flags", VARIANTS)
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(("N", "D"), [(1, 64), (64, 16), (130, 80), (611, 128), (1100, 32)])

@@ -1,4 +1,4 @@
-"""Linear layers by the other library: the answers of nn.Linear, in whatever way a model is used."""
+"""Linear layers that are not torch's: the answers of nn.Linear, in whatever way a model is used."""
 
 import copy
 from pathlib import Path
@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import calidrop
 from calidrop import linear
-from calidrop.linear import FEW, Linear, fast_linear
+from calidrop.linear import Linear, fast_linear
 from calidrop.models import load
+from calidrop.ops import build, cpu
 from tiny import tiny
 
-ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33, 200)
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")), reason="no oneDNN"
-)
+DTYPES = torch.float32, torch.bfloat16
 
 
 def pair(width: int, out: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Linear]:
@@ -26,61 +25,98 @@ def pair(width: int, out: int, bias: bool = True, dtype: torch.dtype = torch.flo
     return plain, ours  # type: ignore[return-value]
 
 
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Who multiplied."""
-    seen: list[str] = []
-    other = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda *a: (seen.append("torch"), other(*a))[1])
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a: (seen.append("mm"), mm(*a))[1])
-    return seen
+@pytest.fixture(params=["kernel", "none"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is one for few rows."""
+    if request.param == "none":
+        monkeypatch.setattr(cpu, "kernel", lambda: type("None", (), {"reason": "not here"}))
+    elif cpu.kernel().reason:
+        pytest.skip(cpu.kernel().reason)
+    return request.param == "kernel"
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("width", "out"), [(64, 96), (37, 5), (1, 3), (130, 1)])
-def test_answers_as_torch_does(width: int, out: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = pair(width, out, bias)
-    inputs = [torch.randn(rows, width) for rows in ROWS] + [torch.randn(width), torch.randn(2, 3, 5, width)]
+@pytest.fixture(params=["onednn", "torch"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether it is asked about many rows in fp32."""
+    if request.param == "onednn" and not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        pytest.skip("no oneDNN")
+    monkeypatch.setattr(linear, "onednn_leads", lambda: request.param == "onednn")
+    return request.param == "onednn"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who multiplied; nobody where it was oneDNN."""
+    who: list[str] = []
+    other, own = nn.Linear.forward, cpu.linear
+    monkeypatch.setattr(nn.Linear, "forward", lambda *a: (who.append("torch"), other(*a))[1])
+    monkeypatch.setattr(cpu, "linear", lambda *a: (who.append("kernel"), own(*a))[1])
+    return who
+
+
+def inputs_of(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of any number of rows and dims, and not all of them in one piece of memory."""
     wide = torch.randn(7, 4, 2 * width)
-    inputs += [
+    made = [torch.randn(rows, width) for rows in (0, 1, 2, 3, 4, 5, 8, 9, 33, 200)]
+    made += [torch.randn(width), torch.randn(2, 3, 5, width), torch.randn(2, 1, 3, width), torch.randn(0, 4, width)]
+    made += [
         torch.randn(5, 4, width).transpose(0, 1),
         wide[..., :width],
         wide[:1, :3, ::2],
         torch.randn(1, width).expand(3, -1),
     ]
-    with torch.no_grad():
-        want = [plain(x) for x in inputs]
-        seen = calls(monkeypatch)
-        got = [ours(x) for x in inputs]
-    for x, a, b in zip(inputs, want, got, strict=True):
-        assert a.shape == b.shape and b.is_contiguous(), x.shape
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert "torch" not in seen and len(seen) == sum(1 <= x.numel() // width <= FEW for x in inputs) > 0
+    return [x.to(dtype) for x in made]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("width", "out"), [(64, 96), (48, 5), (37, 5), (1, 3), (144, 1)])
+def test_answers_as_torch_does(
+    width: int, out: int, bias: bool, dtype: torch.dtype, kernel: bool, onednn: bool, seen: list[str]
+) -> None:
+    plain, ours = pair(width, out, bias, dtype)
+    limit = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    for x in inputs_of(width, dtype):
+        with torch.no_grad():
+            want = plain(x)
+            del seen[:]
+            got = ours(x)
+        assert got.shape == want.shape and got.dtype is dtype and got.is_contiguous()
+        torch.testing.assert_close(got, want, **limit)
+        few = 1 <= x.numel() // width <= 8 and width % 16 == 0 and kernel
+        many = [] if onednn and dtype is torch.float32 else ["torch"]
+        assert seen == (["kernel"] if few else many), x.shape
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_is_torchs_where_the_call_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = pair(32, 16)
-    x = torch.randn(6, 32)
-    seen = calls(monkeypatch)
+@pytest.mark.parametrize("rows", [3, 9])
+def test_is_torchs_where_neither_would_do(rows: int, onednn: bool, seen: list[str]) -> None:
+    ours = pair(32, 16)[1]
+    x = torch.randn(rows, 32)
     ours(x)  # its weights want gradients
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert ours(x).dtype is torch.bfloat16
+    assert seen == ["torch"] * 2
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
-        ours(x)
+        ours(torch.randn(9, 32))
     assert seen == ["torch"] * 3
-    with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
-        ours(torch.randn(6, 31))
-    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        ours(x.double())
-    for dtype in (torch.bfloat16, torch.float64, torch.float16):
-        a, b = pair(32, 16, dtype=dtype)
-        with torch.no_grad():
+    with torch.no_grad():
+        for wrong, said in ((torch.randn(rows, 31), "shape"), (x.double(), "dtype"), (x.bfloat16(), "dtype")):
+            with pytest.raises(RuntimeError, match=said):
+                ours(wrong)
+        for dtype in (torch.float64, torch.float16):
+            a, b = pair(32, 16, dtype=dtype)
             assert torch.equal(a(x.to(dtype)), b(x.to(dtype)))
+        ours.bias = nn.Parameter(ours.bias.double())
+        with pytest.raises(RuntimeError, match="dtype"):
+            ours(x)
     with torch.device("meta"):
-        assert Linear(32, 16)(x.to("meta")).shape == (6, 16)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(x), plain(x))
+        assert Linear(32, 16)(x.to("meta")).shape == (rows, 16)
+    with torch.inference_mode(), FakeTensorMode() as fake:
+        made = Linear(32, 16)
+        assert made(fake.from_tensor(x)).shape == (rows, 16)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])
@@ -173,29 +209,22 @@ def test_a_models_layers_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear, Own}
 
 
-@pytest.mark.parametrize(("vendor", "does"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)])
-def test_only_where_it_is_known_to_help(vendor: str, does: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_vendor", lambda: vendor)
+@pytest.mark.parametrize(
+    ("machine", "flags", "swaps", "leads"),
+    [("x86_64", "fpu sse4a avx2", True, True), ("x86_64", "fpu avx2", True, False), ("aarch64", "asimd", False, False)],
+)
+def test_only_where_it_was_measured(
+    machine: str, flags: str, swaps: bool, leads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(build, "features", lambda: flags)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    linear.helps.cache_clear()
+    linear.onednn_leads.cache_clear()
     try:
-        assert linear.helps() is does
-        assert (type(fast_linear(nn.Sequential(nn.Linear(2, 2)))[0]) is Linear) is does
+        assert linear.onednn_leads() is (leads and torch.backends.mkldnn.is_available())
+        assert (type(fast_linear(nn.Sequential(nn.Linear(2, 2)))[0]) is Linear) is swaps
     finally:
-        linear.helps.cache_clear()
-
-
-def test_the_vendor_is_read_where_linux_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(linear, "CPUINFO", info)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert linear._vendor() == ""
-    info.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: x: y\n\nprocessor\t: 1\nvendor_id\t: AuthenticAMD\n"
-    )
-    assert linear._vendor() == "AuthenticAMD"
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert linear._vendor() == ""
+        linear.onednn_leads.cache_clear()
 
 
 def test_load_gives_such_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,64 +1,92 @@
-"""Linear layers of a model on a CPU, by the faster of the two libraries that torch brings along.
+"""Linear layers of a model on a CPU, faster than torch has them.
 
-torch multiplies in fp32 by MKL. On processors that are not Intel's, MKL reads the weights for a few rows at a fraction
-of what memory gives and makes a prompt's products without AVX-512; oneDNN, which torch uses for bf16, does neither.
+For a few rows a layer is as fast as its weights can be read. torch's libraries lay bf16 weights out anew each time
+(oneDNN), and in fp32 MKL reads them at a fraction of that pace on processors that are not Intel's, where it also
+multiplies a prompt's rows without AVX-512. Here a kernel answers for a few rows (`ops.cpu.linear`), and oneDNN for
+many in fp32 on AMD's.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from calidrop.ops import MOST_QUERIES, build, cpu
+
 M = TypeVar("M", bound=nn.Module)
-CPUINFO = Path("/proc/cpuinfo")
-FEW = 4  # rows up to which MKL is the faster one after all, given the weights as its first operand
+_library = torch.library.Library("calidrop", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # what torch.compile sees
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cpu.linear(x, weight, bias) if cpu.multiplies(x, weight) else F.linear(x, weight, bias)
+
+
+@torch.library.register_fake("calidrop::linear", lib=_library)
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
     """nn.Linear on the same weights, with the same results but for the order of sums.
 
-    It is nn.Linear to the letter where gradients, autocast, a dtype but fp32 or a device but the CPU are at work.
+    It is nn.Linear to the letter where gradients, autocast, a dtype but fp32 and bf16 or a device but the CPU are at
+    work.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._ours(input):
+        weight, bias = self.weight, self.bias
+        if not _plain(input, weight, bias):
             return super().forward(input)
-        rows = input.numel() // self.in_features
-        if 1 <= rows <= FEW:
-            flat = input.reshape(rows, self.in_features)
-            # A single row twice: MKL's product of a matrix and a vector takes twice as long as one with two.
-            out = torch.mm(self.weight, (torch.cat((flat, flat)) if rows == 1 else flat).T).T[:rows].contiguous()
-            out = out.view(*input.shape[:-1], self.out_features)
-            return out if self.bias is None else out + self.bias
-        if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or unpack_dual(input).tangent is not None:
+        if torch.compiler.is_compiling():
+            few = input.numel() <= MOST_QUERIES * self.in_features
+            return torch.ops.calidrop.linear(input, weight, bias) if few else super().forward(input)
+        if _derived(input):
             return super().forward(input)
-        # This call has no derivatives of any kind, and torch.compile does not take it.
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        if cpu.multiplies(input, weight):
+            return cpu.linear(input, weight, bias)
+        if input.dtype is torch.float32 and torch.backends.mkldnn.enabled and onednn_leads():
+            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return super().forward(input)
 
-    def _ours(self, input: Tensor) -> bool:
-        weight = self.weight
-        if type(weight) is not nn.Parameter:  # quantized, or shared among processes: it has a product of its own
-            return False
-        known = input.is_cpu and weight.is_cpu and input.dtype is weight.dtype is torch.float32
-        if not known or input.shape[-1] != self.in_features or torch.is_autocast_enabled("cpu"):
-            return False
-        return not torch.is_grad_enabled() or not (
-            input.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, of which nothing is asked but the product."""
+    # one that is quantized, or shared among processes, has a product of its own
+    if type(weight) is not nn.Parameter or type(x) not in (Tensor, nn.Parameter):
+        return False
+    known = x.is_cpu and weight.is_cpu and x.dtype is weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    if not known or x.shape[-1] != weight.shape[1] or torch.is_autocast_enabled("cpu"):
+        return False
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return not learns and (bias is None or bias.dtype is x.dtype)
+
+
+def _derived(x: Tensor) -> bool:
+    """Whether it is one of torch.func's or forward-mode differentiation's: neither call here has derivatives."""
+    if unpack_dual(x).tangent is not None:
+        return True
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def fast_linear(model: M, on: bool = True) -> M:
-    """Have the linear layers of `model` run by the faster library where this machine has one; `on=False` takes it back.
+    """Have the linear layers of `model` run faster on a CPU (x86-64); `on=False` takes it back.
 
-    On AMD processors, in fp32, a decode step reads weights one and a half to three times as fast and a prompt's
-    products take half the time (`python -m benchmarks.linear`). `calidrop.load` has done it. Weights stay as they are.
-    Layers of a class of their own (LoRA's, quantized ones) are left alone. Returns the model, changed in place.
+    A decode step of up to eight rows reads weights at the pace of memory, in fp32 and bf16; a prompt's products take
+    half the time in fp32 on AMD's processors (`python -m benchmarks.linear`). `calidrop.load` has done it. Weights
+    stay as they are. Layers of a class of their own (LoRA's, quantized ones) are left alone. Returns the model,
+    changed in place.
     """
     old, new = (nn.Linear, Linear) if on else (Linear, nn.Linear)
     found: list[Any] = [layer for layer in model.modules() if type(layer) is old]
@@ -67,17 +95,14 @@ def fast_linear(model: M, on: bool = True) -> M:
     return model
 
 
-@cache
 def helps() -> bool:
-    """Whether torch's own choice for fp32 is the slower one here: MKL on a processor of AMD's."""
+    """Whether that was measured on such a machine."""
+    return platform.machine() == "x86_64"
+
+
+@functools.cache
+def onednn_leads() -> bool:
+    """Whether torch's own choice for many rows in fp32 is the slower one: MKL on a processor of AMD's."""
     has: Any = torch.backends
     both = has.mkl.is_available() and has.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return both and _vendor() == "AuthenticAMD"
-
-
-def _vendor() -> str:
-    """Of an x86 processor, as Linux tells it; else ""."""
-    if platform.machine() != "x86_64" or not CPUINFO.is_file():
-        return ""
-    lines = (line.partition(":") for line in CPUINFO.read_text().splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == "vendor_id"), "")
+    return both and "sse4a" in build.features().split()

@@ -1,7 +1,8 @@
 """The kernels for CPUs, which `build` compiles at first use.
 
 The oracle of `decode` is `attention.attend` on the decoded tokens, joined by `attention.merge`; that of `mass` is
-`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`. What `attention_predictor` asks is in `ops.predicting`.
+`ops.mass_in_torch`, that of `last_alike` `alike.in_torch`, that of `linear` torch's. What `attention_predictor` asks
+is in `ops.predicting`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from calidrop.attention import Partial, Queries
 from calidrop.ops import build, piece
 from calidrop.ops.described import DTYPES, KINDS, NOW, Array, array, describe, listed, packed, strided, whole
-from calidrop.ops.piece import Heard, Piece
+from calidrop.ops.piece import MOST_QUERIES, Heard, Piece
 from calidrop.state import Ragged
 from calidrop.tokens import Tokens
 from calidrop.window import Window
@@ -45,7 +46,9 @@ class Kernel:
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
-        self.network, self.weights = library.calidrop_network, library.calidrop_weights
+        self.network, self.weights, self.linear = (
+            library.calidrop_network, library.calidrop_weights, library.calidrop_linear,
+        )  # fmt: skip
         self.remember, self.follow, self.exchange = (
             library.calidrop_remember, library.calidrop_follow, library.calidrop_exchange,
         )  # fmt: skip
@@ -60,10 +63,11 @@ class Kernel:
             *(ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i32, ctypes.c_double),
             *[ptr] * 5, real, *[ptr] * 3, i32,
         ]  # fmt: skip
+        self.linear.argtypes = [ptr, ptr, i32, ptr, i32, i32, i32, ptr, i32]
         self.exchange.argtypes = [ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i64, ptr, i64, ptr, i32]
         for function in (
             *(self.decode, self.columns, self.prompt, self.alike, self.network),
-            *(self.weights, self.remember, self.follow, self.exchange),
+            *(self.weights, self.remember, self.follow, self.exchange, self.linear),
         ):
             function.restype = None
 
@@ -278,6 +282,25 @@ def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
     kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
     return last
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` can be asked for x [...,I] and weights [O,I]."""
+    known = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
+    return known and 0 < x.numel() <= MOST_QUERIES * x.shape[-1] and x.shape[-1] % 16 == 0 and not kernel().reason
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer for up to `MOST_QUERIES` rows, of what `multiplies` allows: x [...,I], weight [O,I], bias [O], all
+    of one dtype -> [...,O] of that."""
+    wide, width = weight.shape
+    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], wide)
+    kernel().linear(
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype], x.data_ptr(), x.numel() // width,
+        wide, width,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _ask(

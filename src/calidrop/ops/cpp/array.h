@@ -27,5 +27,20 @@ inline uint16_t bfloat(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// the i-th of numbers that are fp32 or bf16
+inline float number(const char* first, int64_t i, int32_t dtype) {
+  float x;
+  uint16_t y;
+  if (dtype == F32) return std::memcpy(&x, first + 4 * i, 4), x;
+  return std::memcpy(&y, first + 2 * i, 2), of_bfloat(y);
+}
+inline void put(char* first, int64_t i, int32_t dtype, float x) {
+  const uint16_t y = bfloat(x);
+  if (dtype == F32)
+    std::memcpy(first + 4 * i, &x, 4);
+  else
+    std::memcpy(first + 2 * i, &y, 2);
+}
+
 }  // namespace calidrop
 using namespace calidrop;

@@ -35,13 +35,6 @@ void take_in(const Asked& a, const Piece& x) {
     }
 }
 
-void put(char* first, int64_t i, int32_t dtype, float x) {
-  if (dtype == F32)
-    reinterpret_cast<float*>(first)[i] = x;
-  else
-    reinterpret_cast<uint16_t*>(first)[i] = bfloat(x);
-}
-
 }  // namespace
 
 // Every (row, head) is cut into `splits` tasks of about equal length.
@@ -51,7 +44,7 @@ extern "C" void calidrop_decode(const Asked* asked) {
   const int64_t H = a.H, heads = a.B * H;
   const int R = a.R, Dv = a.Dv, count = a.count;
   std::vector<float> floats(a.q_dtype == F32 ? 0 : heads * R * a.D);
-  for (size_t i = 0; i < floats.size(); ++i) floats[i] = of_bfloat(load<uint16_t>(a.q + 2 * i));
+  for (size_t i = 0; i < floats.size(); ++i) floats[i] = number(a.q, i, a.q_dtype);
   const Call c{floats.empty() ? reinterpret_cast<const float*>(a.q) : floats.data(), H, R, Dv, a.scale, a.softcap};
   if (a.k.p) take_in(a, pieces[count - 1]);
   std::vector<int64_t> slots(heads, 0), starts(heads * count, 0);
