@@ -3,8 +3,8 @@
 python -m benchmarks.linear [--rows 1,2,4,8,64,512,2048] [--rounds 5] [--model M] [--dtype D] [--json OUT]
 
 Rows: of a decode step its batch, of a prompt its tokens; the head runs up to 64 only, as prompts ask for one row of
-it. Both take turns in one run, best against best. "GB/s": the weights' bytes over our time. Where the two are the same
-(bf16, processors of Intel's) both columns say so.
+it. Both take turns in one run, best against best. "GB/s": the weights' bytes over our time. More than eight rows are
+torch's in both, in bf16 and on processors that are not AMD's.
 """
 
 from __future__ import annotations

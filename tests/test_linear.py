@@ -156,6 +156,18 @@ def test_derivatives_of_functions(of: str, rows: int, grad: bool) -> None:
         torch.testing.assert_close(DERIVATIVES[of](ours, x), DERIVATIVES[of](plain, x))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 9])
+def test_traces_as_torchs_does(rows: int, dtype: torch.dtype) -> None:
+    plain, ours = pair(32, 8, dtype=dtype)
+    x, other = torch.randn(2, rows, 32).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(ours, x)(other), plain(other))
+        exported = torch.export.export(nn.Sequential(ours), (x,)).module()
+        torch.testing.assert_close(exported(other), plain(other))
+
+
 class Doubled(torch.Tensor):
     """A tensor with a product of its own, as quantized ones are."""
 

@@ -48,7 +48,7 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling():
             few = input.numel() <= MOST_QUERIES * self.in_features
             return torch.ops.calidrop.linear(input, weight, bias) if few else super().forward(input)
-        if _derived(input):
+        if _followed(input):
             return super().forward(input)
         if cpu.multiplies(input, weight):
             return cpu.linear(input, weight, bias)
@@ -69,9 +69,10 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return not learns and (bias is None or bias.dtype is x.dtype)
 
 
-def _derived(x: Tensor) -> bool:
-    """Whether it is one of torch.func's or forward-mode differentiation's: neither call here has derivatives."""
-    if unpack_dual(x).tangent is not None:
+def _followed(x: Tensor) -> bool:
+    """Whether something keeps track of what becomes of it, which neither call here tells: forward-mode differentiation,
+    torch.func or a trace."""
+    if unpack_dual(x).tangent is not None or torch.jit.is_tracing():
         return True
     try:
         x.data_ptr()
