@@ -72,7 +72,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _followed(x: Tensor) -> bool:
     """Whether something keeps track of what becomes of it, which neither call here tells: forward-mode differentiation,
     torch.func or a trace."""
-    if unpack_dual(x).tangent is not None or torch.jit.is_tracing():
+    if unpack_dual(x).tangent is not None or torch.jit.is_tracing():  # type: ignore[attr-defined]  documented, though
         return True
     try:
         x.data_ptr()
