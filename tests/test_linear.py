@@ -122,8 +122,8 @@ def test_is_torchs_where_neither_would_do(rows: int, onednn: bool, seen: list[st
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_gradients_are_torchs(rows: int) -> None:
     """Of the weights, and of what comes in where weights are frozen."""
-    plain, ours = pair(24, 8)
-    x, y = (torch.linspace(-1, 1, rows * 24).view(rows, 24).requires_grad_() for _ in range(2))
+    plain, ours = pair(32, 8)
+    x, y = (torch.linspace(-1, 1, rows * 32).view(rows, 32).requires_grad_() for _ in range(2))
     plain(x).square().sum().backward()
     ours(y).square().sum().backward()
     assert torch.equal(x.grad, y.grad) and torch.equal(plain.weight.grad, ours.weight.grad)
@@ -150,8 +150,8 @@ DERIVATIVES = {
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("of", DERIVATIVES)
 def test_derivatives_of_functions(of: str, rows: int, grad: bool) -> None:
-    plain, ours = (m.requires_grad_(False) for m in pair(24, 8))
-    x = torch.randn(rows, 24)
+    plain, ours = (m.requires_grad_(False) for m in pair(32, 8))
+    x = torch.randn(rows, 32)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(DERIVATIVES[of](ours, x), DERIVATIVES[of](plain, x))
 
@@ -179,20 +179,22 @@ class Doubled(torch.Tensor):
 
 @pytest.mark.parametrize("rows", [3, 9])
 def test_a_weights_own_product_is_respected(rows: int) -> None:
-    plain, ours = pair(24, 8, bias=False)
+    plain, ours = pair(32, 8, bias=False)
     ours.weight = nn.Parameter(plain.weight.detach().as_subclass(Doubled), requires_grad=False)
-    x = torch.randn(rows, 24)
+    x = torch.randn(rows, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), 2 * plain(x))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [1, 3, 9])
-def test_compiles_in_one_graph(rows: int) -> None:
-    plain, ours = pair(24, 8)
-    x = torch.randn(rows, 24)
+def test_compiles_in_one_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours = pair(32, 8)
+    x, own, asked = torch.randn(rows, 32), cpu.linear, []
+    monkeypatch.setattr(cpu, "linear", lambda *a: (asked.append(len(a[0])), own(*a))[1])
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), plain(x))
+    assert asked == ([rows] if rows <= 8 and not cpu.kernel().reason else [])
 
 
 def test_a_models_layers_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

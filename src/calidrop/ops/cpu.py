@@ -297,9 +297,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], wide)
     bias = None if bias is None else bias.contiguous()
     kernel().linear(
-        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype], x.data_ptr(), x.numel() // width,
-        wide, width,
-        out.data_ptr(), torch.get_num_threads(),
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype], x.data_ptr(),
+        x.numel() // width, wide, width, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
