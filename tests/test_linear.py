@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import calidrop
 from calidrop import linear
@@ -136,7 +137,13 @@ def test_gradients_are_torchs(rows: int) -> None:
     assert torch.equal(ours.bias.grad, torch.full([8], float(rows)))
 
 
+def forward_mode(m: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(m(forward_ad.make_dual(x, x.flip(0)))).tangent
+
+
 DERIVATIVES = {
+    "dual": forward_mode,
     "jvp": lambda m, x: torch.func.jvp(m, (x,), (x.flip(0),))[1],
     "jacrev": lambda m, x: torch.func.jacrev(m)(x),
     "jacfwd": lambda m, x: torch.func.jacfwd(m)(x),
@@ -178,18 +185,20 @@ class Doubled(torch.Tensor):
 
 
 @pytest.mark.parametrize("rows", [3, 9])
-def test_a_weights_own_product_is_respected(rows: int) -> None:
+def test_a_tensors_own_product_is_respected(rows: int) -> None:
     plain, ours = pair(32, 8, bias=False)
-    ours.weight = nn.Parameter(plain.weight.detach().as_subclass(Doubled), requires_grad=False)
     x = torch.randn(rows, 32)
     with torch.no_grad():
+        torch.testing.assert_close(ours(x.as_subclass(Doubled)), 2 * plain(x))
+        ours.weight = nn.Parameter(plain.weight.detach().as_subclass(Doubled), requires_grad=False)
         torch.testing.assert_close(ours(x), 2 * plain(x))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_compiles_in_one_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = pair(32, 8)
+    (plain, ours), behind = pair(32, 8), nn.Linear(8, 4)  # it needs the right shape
+    plain, ours = nn.Sequential(plain, behind), nn.Sequential(ours, behind)
     x, own, asked = torch.randn(rows, 32), cpu.linear, []
     monkeypatch.setattr(cpu, "linear", lambda *a: (asked.append(len(a[0])), own(*a))[1])
     with torch.no_grad():
@@ -219,6 +228,7 @@ def test_a_models_layers_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     again = type(model).from_pretrained(tmp_path)
     assert type(again.lm_head) is nn.Linear and torch.equal(again.lm_head.weight, model.lm_head.weight)
     assert type(copy.deepcopy(model).lm_head) is Linear
+    monkeypatch.setattr(linear, "helps", lambda: False)
     fast_linear(model, False)
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear, Own}
 
