@@ -56,7 +56,7 @@ def load(
         once (about 20 s, 0.5 GB of disk in the user's cache folder, or in $CALIDROP_CACHE). Else a hub id or a folder.
     device: default "cuda" where there is one, else "cpu".
     dtype: one of DTYPES or of torch's own; default float32 on the CPU, bfloat16 elsewhere. CPUs with instructions for
-        bfloat16 (AVX512-BF16, AMX) take a third less time in it for a step, and half the memory.
+        bfloat16 (AVX512-BF16, AMX) take a quarter less time in it for a step, and half the memory.
     distributed_config: transformers' DistributedConfig, in each process of a `torchrun` that shares one model; then the
         device is not chosen here.
 
