@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(cpu.kernel().reason.startswith("no C++ compiler"
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 ONLY_VNNI = pytest.mark.skipif("avx512_vnni" not in CPUINFO, reason="what AMX rests on is not there")
 ONLY_AMX = pytest.mark.skipif("amx_int8" not in CPUINFO, reason="native is the same without AMX")
+ONLY_AVX_VNNI = pytest.mark.skipif("avx_vnni" not in CPUINFO, reason="this processor has none for AVX2")
 ONLY_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
 compiled = functools.cache(lambda flags: cpu.Kernel(*flags))
 IN_KERNEL = Calibrated._in_kernel
@@ -255,7 +256,11 @@ VARIANTS = [
     pytest.param(("-march=x86-64-v3",), id="avx2", marks=[pytest.mark.slow, ONLY_X86]),
 ]
 EMULATED = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
-CODES = [*VARIANTS, pytest.param(EMULATED, id="amx emulated", marks=[pytest.mark.slow, ONLY_VNNI])]
+CODES = [
+    *VARIANTS,
+    pytest.param(("-march=x86-64-v3", "-mavxvnni"), id="avx vnni", marks=[pytest.mark.slow, ONLY_AVX_VNNI]),
+    pytest.param(EMULATED, id="amx emulated", marks=[pytest.mark.slow, ONLY_VNNI]),
+]
 
 
 def use(flags: tuple[str, ...], monkeypatch) -> None:

@@ -181,7 +181,7 @@ GPU = Backend("the Triton kernel", gpu.decode)
 
 def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
     """One kernel for all the pieces that it can read, torch for the others."""
-    own, kernel = (gpu, GPU) if _triton(qs.q.device) else (cpu, CPU)
+    own, kernel = (gpu, GPU) if _triton(qs.q) else (cpu, CPU)
     pieces = [p for p in parts if isinstance(p, Piece)]
     if why := own.refusal(qs) if pieces else "no stored token is asked":
         return Backend(f"torch ({why})", _merged)
@@ -199,8 +199,8 @@ def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
     return Backend(f"{kernel.name} and torch ({why})", both)
 
 
-def _triton(device: torch.device) -> bool:
-    return device.type != "cpu" or _interpreted()
+def _triton(x: Tensor) -> bool:
+    return not x.is_cpu or _interpreted()
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def step(
     None: all. heard: gets what one query says. -> o [B,Hq,T,Dv], of that dtype where a kernel can say it so, else fp32;
     lse [B,Hq,T]; and who answered."""
     asked = qs if last is None else replace(qs, visible=None, window=None)
-    alone = cpu.takes(asked, new, window) and not _triton(new.k.device)
+    alone = cpu.takes(asked, new, window) and not _triton(new.k)
     if alone and not any(isinstance(p, Piece) and cpu.unread(p, asked) for p in parts):
         return cpu.step(asked, new, window, parts, heard, last, dtype), CPU.name
     if len(qs) > 1:
@@ -265,7 +265,7 @@ def step(
 
 def backend(device: torch.device) -> str:
     """What decodes on this device, where it can read the format."""
-    if _triton(device):
+    if device.type != "cpu" or _interpreted():
         return f"torch (no kernel: {gpu.reason(device)})" if gpu.reason(device) else GPU.name
     return f"torch flash (no kernel: {cpu.kernel().reason})" if cpu.kernel().reason else CPU.name
 
@@ -283,7 +283,7 @@ def mass(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
 def weights(qs: Queries, lse: Tensor, t: Tokens, group: str = "mean", block: int = 1) -> Tensor:
     """Softmax weights of one query: of every `block` tokens the largest, then of a kv head's query heads the "mean" or
     the "max". lse: [B,Hq,1]. -> fp32 [B,H,N/block]; N must be a multiple of block."""
-    own = gpu if _triton(qs.q.device) else cpu
+    own = gpu if _triton(qs.q) else cpu
     if t.logits is not None and own.pools(t, block):
         return own.weights(qs, lse, t.logits, group == "max", block)
     if own is cpu and cpu.sums(qs, t) and cpu.pools(t, block):

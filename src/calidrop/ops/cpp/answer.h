@@ -7,16 +7,20 @@ namespace calidrop {
 // what a set of tokens said to R queries: o and, where keys are wanted too (K > 0), their mean, not yet divided by l;
 // D, K: numbers of a row, what fills it up included
 struct Answer {
-  int R, D, K;
-  std::vector<float> m, l, o, mean, shrink;  // shrink: by what the last `softmax` multiplied the others
-  Answer(int R, int D, int K)
-      : R(R), D(D), K(K), m(R, NONE), l(R, 0.0f), o(static_cast<size_t>(R) * D, 0.0f),
-        mean(static_cast<size_t>(R) * K, 0.0f), shrink(R, 1.0f) {}
+  int R = 0, D = 0, K = 0;
+  float *m, *l, *shrink, *o, *mean;  // shrink: by what the last `softmax` multiplied the others
+  // as of no token; memory is kept for the next time
+  void begin(int rows, int width, int keys) {
+    R = rows, D = width, K = keys;
+    room.resize(static_cast<size_t>(R) * (3 + D + K));
+    m = room.data(), l = m + R, shrink = l + R, o = shrink + R, mean = o + static_cast<size_t>(R) * D;
+    std::fill(shrink, o, 1.0f);
+    reset();
+  }
   void reset() {
-    std::fill(m.begin(), m.end(), NONE);
-    std::fill(l.begin(), l.end(), 0.0f);
-    std::fill(o.begin(), o.end(), 0.0f);
-    std::fill(mean.begin(), mean.end(), 0.0f);
+    std::fill(m, l, NONE);
+    std::fill(l, shrink, 0.0f);
+    std::fill(o, room.data() + room.size(), 0.0f);
   }
   void shrink_by(int r, float by) {
     shrink[r] = by;
@@ -29,15 +33,18 @@ struct Answer {
     if (m2 == NONE || l2 == 0.0f) return;
     float top = std::max(m[r], m2), a = std::exp(m[r] - top), b = std::exp(m2 - top);
     if (m[r] == NONE) a = 0.0f;
-    float *mine = o.data() + static_cast<size_t>(r) * D, *keys = mean.data() + static_cast<size_t>(r) * K;
+    float *mine = o + static_cast<size_t>(r) * D, *keys = mean + static_cast<size_t>(r) * K;
     for (int d = 0; d < n; ++d) mine[d] = a * mine[d] + b * o2[d];
     for (int d = 0; d < K; ++d) keys[d] = a * keys[d] + b * mean2[d];
     l[r] = a * l[r] + b * l2;
     m[r] = top;
   }
   void join(int r, const Answer& x) {
-    join(r, x.m[r], x.l[r], x.o.data() + static_cast<size_t>(r) * D, D, x.mean.data() + static_cast<size_t>(r) * K);
+    join(r, x.m[r], x.l[r], x.o + static_cast<size_t>(r) * D, D, x.mean + static_cast<size_t>(r) * K);
   }
+
+ private:
+  std::vector<float> room;  // one for all, as each would be memory of its own to find
 };
 
 // Rows that are of `many` queries in turn: the i-th sees the tokens from `first + i` to `end + i - 1`. 0: all see all.

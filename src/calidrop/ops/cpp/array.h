@@ -41,6 +41,13 @@ inline void put(char* first, int64_t i, int32_t dtype, float x) {
   else
     std::memcpy(first + 2 * i, &y, 2);
 }
+// n numbers from the i-th on
+inline void put(char* first, int64_t i, int32_t dtype, const float* x, int n) {
+  if (dtype == F32)
+    std::memcpy(first + 4 * i, x, sizeof(float) * n);
+  else
+    for (int d = 0; d < n; ++d) put(first, i + d, BF16, x[d]);
+}
 
 }  // namespace calidrop
 using namespace calidrop;

@@ -35,6 +35,15 @@ void take_in(const Asked& a, const Piece& x) {
     }
 }
 
+// what a thread works with: memory that it has only the first time to find
+struct Own {
+  Answer heard, whole;
+};
+Own* own() {
+  thread_local Own mine;
+  return &mine;
+}
+
 }  // namespace
 
 // Every (row, head) is cut into `splits` tasks of about equal length.
@@ -68,11 +77,25 @@ extern "C" void calidrop_decode(const Asked* asked) {
   }
   int64_t splits = heads % a.threads == 0 && heads >= a.threads ? 1 : (4 * a.threads + heads - 1) / heads;
   splits = std::max<int64_t>(1, std::min(splits, longest / 256));
-  const Answer nothing(R, v_wide, a.mean ? wide : 0);
-  std::vector<Answer> answers(heads * splits, nothing);
-  each(heads * splits, a.threads, [&] { return nothing; }, [&](int64_t task, Answer& heard) {
+  const auto done = [&](int64_t bh, Answer& whole) {
+    for (int r = 0; r < R; ++r) {
+      const float l = whole.l[r];
+      const int64_t i = bh * R + r;
+      const bool empty = l == 0.0f;
+      a.lse[i] = empty ? NONE : whole.m[r] + std::log(l);
+      float *o = whole.o + static_cast<size_t>(r) * whole.D, *keys = whole.mean + static_cast<size_t>(r) * whole.K;
+      for (int d = 0; d < Dv; ++d) o[d] = empty ? 0.0f : o[d] / l;
+      put(a.out, i * Dv, a.out_dtype, o, Dv);
+      for (int d = 0; a.mean && d < D; ++d) a.mean[i * D + d] = empty ? 0.0f : keys[d] / l;
+    }
+  };
+  thread_local std::vector<Answer> kept;
+  auto& answers = kept;  // of tasks, where a head has several; other threads must not find their own
+  if (splits > 1 && answers.size() < static_cast<size_t>(heads * splits)) answers.resize(heads * splits);
+  each(heads * splits, a.threads, own, [&](int64_t task, Own* w) {
     const int64_t bh = task / splits, part = task % splits, b = bh / H, h = bh % H;
-    Answer& mine = answers[task];
+    Answer &heard = w->heard, &mine = splits == 1 ? w->whole : answers[task];
+    heard.begin(R, v_wide, a.mean ? wide : 0), mine.begin(R, v_wide, a.mean ? wide : 0);
     const int64_t first = slots[bh] * part / splits, last = slots[bh] * (part + 1) / splits;
     int64_t at = 0;  // tokens of the pieces before
     for (int p = 0; p < count; ++p) {
@@ -100,19 +123,12 @@ extern "C" void calidrop_decode(const Asked* asked) {
       ask(c, x, {b, h, x.lens ? starts[p * heads + bh] : x.skip, from, to}, heard);
       for (int r = 0; r < R; ++r) mine.join(r, heard);
     }
+    if (splits == 1) done(bh, mine);
   });
-  for (int64_t bh = 0; bh < heads; ++bh) {
+  for (int64_t bh = 0; splits > 1 && bh < heads; ++bh) {
     Answer& whole = answers[bh * splits];
     for (int64_t i = 1; i < splits; ++i)
       for (int r = 0; r < R; ++r) whole.join(r, answers[bh * splits + i]);
-    for (int r = 0; r < R; ++r) {
-      const float l = whole.l[r];
-      const int64_t i = bh * R + r;
-      const bool empty = l == 0.0f;
-      a.lse[i] = empty ? NONE : whole.m[r] + std::log(l);
-      const float *o = whole.o.data() + static_cast<size_t>(r) * whole.D, *keys = whole.mean.data();
-      for (int d = 0; d < Dv; ++d) put(a.out, i * Dv + d, a.out_dtype, empty ? 0.0f : o[d] / l);
-      for (int d = 0; a.mean && d < D; ++d) a.mean[i * D + d] = empty ? 0.0f : keys[static_cast<size_t>(r) * whole.K + d] / l;
-    }
+    done(bh, whole);
   }
 }

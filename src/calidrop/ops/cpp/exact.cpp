@@ -71,8 +71,8 @@ void exact(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
       dots_of<F>(D, k, keys.step, w.q.data(), w.s.data(), n, c.R);
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot,
             p.bias ? p.bias + t * x.bias.slot : nullptr, x.bias.slot, c.heard(x, at, t), turns(x, t));
-    weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
-    if (a.K) weigh_of<F>(D, k, keys.step, w.s.data(), a.mean.data(), a.K, n, c.R);
+    weigh_of<F>(Dv, values.at(t, n), values.step, w.s.data(), a.o, a.D, n, c.R);
+    if (a.K) weigh_of<F>(D, k, keys.step, w.s.data(), a.mean, a.K, n, c.R);
   }
 }
 
@@ -94,7 +94,7 @@ void float8(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch
     softmax(a, w.s.data(), n, c.softcap, p.pos ? p.pos + t * x.pos.slot : nullptr, x.pos.slot, nullptr, 0,
             c.heard(x, at, t));
     by_scale(x.v_scale, p.v_scale, t, n);
-    weigh_of<E4M3>(Dv, values.at(t, n), values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+    weigh_of<E4M3>(Dv, values.at(t, n), values.step, w.s.data(), a.o, a.D, n, c.R);
   }
 }
 

@@ -96,7 +96,7 @@ void weigh_group(const Call& c, const Piece& x, const char* v, int64_t step, int
   const int groups = c.Dv / x.channels;
   for (int r = 0; r < c.R; ++r)
     zeros[r * groups + g] = zeros[r * groups + g] * a.shrink[r] + inner(w.s.data() + r * SCORES, zero, n);
-  rows<BITS>(v, step, n, x.channels, w.s.data(), c.R, SCORES, scale, a.o.data() + g * x.channels, a.D, w);
+  rows<BITS>(v, step, n, x.channels, w.s.data(), c.R, SCORES, scale, a.o + g * x.channels, a.D, w);
 }
 
 // puts the answer out of the order of `row_order`, and adds what zeros do
@@ -104,7 +104,7 @@ inline void straighten(const Call& c, const Piece& x, const float* zeros, Answer
   const int groups = c.Dv / x.channels;
   for (int r = 0; r < c.R; ++r)
     for (int g = 0; g < groups; ++g) {
-      float* o = a.o.data() + static_cast<size_t>(r) * a.D + g * x.channels;
+      float* o = a.o + static_cast<size_t>(r) * a.D + g * x.channels;
       for (int d = 0; d < x.channels; ++d) w.straight[w.v_order[d]] = o[d];
       for (int d = 0; d < x.channels; ++d) o[d] = w.straight[d] + zeros[r * groups + g];
     }

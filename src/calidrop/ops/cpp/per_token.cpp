@@ -46,6 +46,11 @@ template <int HALF, class X> ALWAYS X butterflies(X x) {
     return {butterflies<HALF>(x.a), butterflies<HALF>(x.b)};
 }
 
+// asks for the memory of n slots of a column from the t-th on
+inline void ask_for(const char* first, const Array& of, int64_t t, int64_t n) {
+  for (int64_t i = 0; first && i < n * of.slot; i += 64) __builtin_prefetch(first + t * of.slot + i);
+}
+
 // orthonormal, of blocks of the largest power of two that divides D
 void hadamard(float* x, int D) {
   const int block = D & -D;
@@ -102,6 +107,14 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
   const int D = width_of<Codes<BITS>>(x.D), Dv = width_of<Codes<BITS>>(c.Dv);
   const Rows keys(p.k, x.k.slot, x.D * BITS / 8, D * BITS / 8, w.keys);
   const Rows values(p.v, x.v.slot, c.Dv * BITS / 8, Dv * BITS / 8, w.values);
+  // of scales too little is read at once for processors to see it coming
+  const auto scales = [&](int64_t t) {
+    const int64_t n = std::min<int64_t>(SCORES, at.to - t);
+    ask_for(p.k_scale, x.k_scale, t, n), ask_for(p.k_zero, x.k_zero, t, n);
+    ask_for(p.v_scale, x.v_scale, t, n), ask_for(p.v_zero, x.v_zero, t, n);
+  };
+  const int64_t beginning = std::min<int64_t>(SCORES, at.to - at.from);  // what nobody asked for before
+  ask_for(p.k, x.k, at.from, beginning), scales(at.from), ask_for(p.v, x.v, at.from, beginning), scales(at.from + SCORES);
   bool tiles = false;
 #ifdef CALIDROP_AMX
   const bool in_place = !keys.copied && !values.copied;
@@ -154,6 +167,7 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
   };
   for (int64_t t = at.from; t < at.to; t += most) {
     const int n = block(t);
+    scales(t + 2 * SCORES);
     const char *rows = keys.at(t, n), *v_rows = values.at(t, n);
 #ifdef CALIDROP_AMX
     if (tiles) {
@@ -190,22 +204,22 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
       for (int r = 0; r < c.R; ++r) w.tile_right.set(r, w.s.data() + r * SCORES, n);
       amx::rows(Dv, w.tile_right, w.buffers);
       if (t + n < at.to) amx::lay_keys<BITS>(rows + n * x.k.slot, x.k.slot, block(t + n), D, w.buffers);
-      amx::add<BITS>(Dv, w.tile_right, c.R, a.o.data(), a.D, w.buffers);
+      amx::add<BITS>(Dv, w.tile_right, c.R, a.o, a.D, w.buffers);
       continue;
     }
 #endif
 #ifdef CALIDROP_WORDS
     if (words::fits(Dv)) {
       w.right.set(w.s.data(), SCORES, n, scale);
-      words::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o.data(), a.D);
+      words::rows<BITS>(v_rows, values.step, n, Dv, w.right, c.R, a.o, a.D);
       continue;
     }
 #endif
     by_scale();
-    weigh_of<Converted<BITS>>(Dv, v_rows, values.step, w.s.data(), a.o.data(), a.D, n, c.R);
+    weigh_of<Converted<BITS>>(Dv, v_rows, values.step, w.s.data(), a.o, a.D, n, c.R);
   }
   for (int r = 0; r < c.R; ++r) {
-    float* o = a.o.data() + static_cast<size_t>(r) * a.D;
+    float* o = a.o + static_cast<size_t>(r) * a.D;
     for (int d = 0; d < Dv; ++d) w.straight[w.v_order[d]] = o[d];
     for (int d = 0; d < c.Dv; ++d) o[d] = w.straight[d] + zero_v[r];
     if (x.rotate) hadamard(o, c.Dv);

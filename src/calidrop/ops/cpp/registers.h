@@ -135,7 +135,12 @@ template <bool REPEATED> inline V put(char*& line, V x) {
 }
 #else
 using Int = __m256i;
-constexpr int SUMS = 8, CHAINS = 1, PIECES = 1, GROUPS = 1;
+#ifdef __AVXVNNI__
+constexpr int CHAINS = 2;
+#else
+constexpr int CHAINS = 1;
+#endif
+constexpr int SUMS = 8, PIECES = 1, GROUPS = 1;
 
 inline Int zero() { return _mm256_setzero_si256(); }
 inline Int all16(int16_t x) { return _mm256_set1_epi16(x); }
@@ -148,6 +153,10 @@ constexpr bool SHIFTS_WORDS = false;
 inline Int low(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
 inline Int high(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
 
+#ifdef __AVXVNNI__
+inline void add(Int& sum, Int a, Int b) { asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+inline void add(Int& sum, Int a, const Line& b) { asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "m"(b)); }
+#else
 // Written out because compilers (GCC 12) keep all products to add them in another order, and that in memory.
 inline void add(Int& sum, Int a, Int b) {
   Int x;
@@ -157,6 +166,7 @@ inline void add(Int& sum, Int a, const Line& b) {
   Int x;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(x) : "x"(a), "m"(b));
 }
+#endif
 inline void begin(Int& sum, Int a, const Line& b) { asm("vpmaddwd %2, %1, %0" : "=x"(sum) : "x"(a), "m"(b)); }
 
 template <int W> inline Int repeated(const char* p) {
