@@ -30,6 +30,7 @@ void calidrop_follow(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, in
 void calidrop_exchange(void*, int64_t, int64_t, int64_t, void*, void*, int64_t, int64_t, void*, void*, int64_t, void*, int64_t,
                        void*, int32_t);
 void calidrop_linear(void*, void*, int32_t, void*, int32_t, int32_t, int32_t, void*, int32_t);
+void calidrop_latents(void*, void*);
 }
 
 struct Range {
@@ -96,6 +97,7 @@ int main(int, char** names) {
     case 7: call(calidrop_follow, w); break;
     case 8: call(calidrop_exchange, w); break;
     case 9: call(calidrop_linear, w); break;
+    case 10: call(calidrop_latents, w); break;
   }
   std::fseek(file, memory, SEEK_SET);
   for (const Range& x : ranges) need(std::fwrite(x.at, 1, x.size, file) == x.size, "result");

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 import test_attention_predictor
 import test_kernel
+import test_rebuilding
 from calidrop import ops
 from calidrop.ops import build, cpu, described
 from calidrop.state import Note
@@ -25,7 +26,10 @@ from test_kernel import (  # noqa: F401 (collected here once more)
 from test_proposals import check_turns
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange", "linear")
+FUNCTIONS = (
+    *("decode", "columns", "prompt", "alike", "network", "weights", "remember", "follow", "exchange", "linear"),
+    "latents",
+)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -175,3 +179,12 @@ def test_what_attention_predictor_fetches(monkeypatch):
 
 def test_what_heads_remember(monkeypatch):
     test_kernel.test_what_heads_remember((), 1, 0.85, 3, 64, 64, torch.bfloat16, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", ["", "int4", "fp8"])
+def test_latents(recipe, monkeypatch):
+    test_rebuilding.test_latents((), recipe, 2, monkeypatch)
+
+
+def test_latents_of_other_shapes():
+    test_rebuilding.test_shapes(2, 7, 80, 96, 1, 40, 96, 16, torch.float16)

@@ -17,7 +17,7 @@ from calidrop.holding import Holding, positions
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.state import Ragged
-from calidrop.store import Exact, Store, count, unseen
+from calidrop.store import Exact, Store, count, unseen, with_positions
 from calidrop.tokens import Tokens
 
 CODES = (
@@ -136,11 +136,21 @@ class Coded(Store):
         parts = [part for store in self._exact() for part in store.attend(qs)]
         if self.held is None or self.held.longest == 0:
             return parts
-        layout = self.layout(qs.q)
-        if not layout:
-            return [*parts, self._answer(qs)]
-        columns = (*CODES, "pos") if self.beside else CODES
-        return [*parts, Piece.held(self.held, columns, self._answer, group=self.group, **layout)]
+        return [*parts, self._piece(qs.q, bool(self.beside)) or self._answer(qs)]
+
+    def lying(self, like: Tensor) -> list[Piece]:
+        parts = [part for store in self._exact() for part in store.lying(like)]
+        if self.held is None or self.held.longest == 0:
+            return parts
+        found = self._piece(like, True)
+        return parts + ([found] if found else [with_positions(t) for t in self._restored()])
+
+    def _piece(self, q: Tensor, positions: bool) -> Piece | None:
+        """What is encoded, for a kernel; None where none can read it."""
+        assert self.held is not None
+        layout = self.layout(q)
+        columns = (*CODES, "pos") if positions else CODES
+        return Piece.held(self.held, columns, self._answer, group=self.group, **layout) if layout else None
 
     def _answer(self, qs: Queries) -> Partial:
         t = self._units()

@@ -76,6 +76,11 @@ class Store(State, ABC):
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         """Answers over disjoint sets, or what `ops.joined` gets them from. All of it is older than the queries."""
 
+    def lying(self, like: Tensor) -> list[Piece]:
+        """All tokens with their positions, as they are stored or decoded. like: queries [B,Hq,T,D], of which only the
+        shape counts."""
+        return [with_positions(t) for t in self.tokens()]
+
     @abstractmethod
     def tokens(self) -> list[Tokens]:
         """What is stored, decoded: the oracle answers from these."""
@@ -166,9 +171,15 @@ class Exact(Store):
             self.held = self.held.append(t.columns(), t.valid)
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
+        return [*self._pieces("k", "v")]
+
+    def lying(self, like: Tensor) -> list[Piece]:
+        return self._pieces("k", "v", "pos")
+
+    def _pieces(self, *columns: str) -> list[Piece]:
         if self.held is None or self.held.longest == 0:
             return []
-        return [Piece.held(self.held, ("k", "v"), lambda qs: ops.attend(qs, self.tokens()[0]), kind="exact")]
+        return [Piece.held(self.held, columns, lambda qs: ops.attend(qs, self.tokens()[0]), kind="exact")]
 
     def tokens(self) -> list[Tokens]:
         if self.held is None or self.held.longest == 0:
@@ -321,6 +332,13 @@ def unseen(held: Ragged | None, heard: ops.Heard | None, group: int = 1) -> list
     t = Tokens.from_columns({"k": none, "v": none, **data}, valid)
     t.logits = logits
     return [t]
+
+
+def with_positions(t: Tokens) -> Piece:
+    """Tokens as `ops.piece` has them, and where they stand."""
+    found = ops.piece(t)
+    found.columns["pos"] = t.pos
+    return found
 
 
 def count(held: Ragged | None) -> str:

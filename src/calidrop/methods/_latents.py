@@ -6,10 +6,12 @@ itself. Hence a basis needs neither the layer's input nor its weights, and is ap
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calidrop.methods import _artefact
@@ -40,6 +42,16 @@ class Basis:
             tensors = (x.to(device) for x in (self.keys, self.values, self.key_bias, self.value_bias))
             self.elsewhere[device] = Basis(self.order, *tensors)
         return self.elsewhere[device]
+
+    @functools.cached_property
+    def for_cpu(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What its kernel reads: `keys` as [groups,width / 16,r,16], channels of a group filled up to a width that 64
+        divides; their biases [H*D], of heads in the order of the groups; `values`; their biases."""
+        full = F.pad(self.keys, (0, 0, 0, -self.keys.shape[1] % 64)).unflatten(1, (-1, 16)).transpose(2, 3)
+        bias = self.key_bias.view(self.heads, -1)[self.order]
+        given = full, bias, self.values, self.value_bias
+        laid, bias, values, value_bias = (x.float().contiguous() for x in given)
+        return laid, bias, values, value_bias
 
     def code_keys(self, k: Tensor) -> Tensor:
         """[B,H,N,D], not rotated -> fp32 [B,N,r]."""

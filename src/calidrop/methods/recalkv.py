@@ -11,6 +11,7 @@ from calidrop.attention import Partial, Queries
 from calidrop.holding import Holding
 from calidrop.methods._latents import Artefact, Basis
 from calidrop.observe import Observation
+from calidrop.ops import rebuilding
 from calidrop.ops.piece import Piece
 from calidrop.parts import Layer, Shrink, check_int, method
 from calidrop.rope import Rope
@@ -48,6 +49,8 @@ class Latents(Store):
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         basis, H, said = self.basis, self.basis.heads, []
+        if self.start is not None and not rebuilding.refusal(qs):
+            return self._in_kernel(qs, self.start)
         for z in self.inner.tokens():
             if ops.gpu.takes_latents(qs, H, basis.value_rank):
                 freq, at = self.rope.inv_freq.to(z.k.device), (z.k[:, 0], z.v[:, 0], z.pos[:, 0], self.start)
@@ -57,6 +60,16 @@ class Latents(Store):
                 v, pos = tile.v.expand(-1, H, -1, -1), tile.pos.expand(-1, H, -1)
                 said.append(ops.attend(qs, Tokens(self._keys(tile), v, pos, dense=tile.dense)))
         return [(basis.output_of(o).masked_fill(lse[..., None] == float("-inf"), 0.0), lse) for o, lse in said]
+
+    def _in_kernel(self, qs: Queries, start: Tensor) -> list[Partial | Piece]:
+        """The answer of the kernel for CPUs, which reads some codes as they are stored."""
+        like = qs.q.new_zeros(len(qs.q), 1, len(qs), self.basis.key_rank)
+        pieces = self.inner.lying(like)
+        if not all(map(rebuilding.reads, pieces)):
+            pieces = Store.lying(self.inner, like)
+        if not pieces:
+            return []
+        return [rebuilding.attend(qs, pieces, self.basis, start, self.rope.inv_freq, self.scaling)]
 
     def _whole(self, z: Tokens) -> Tokens:
         v = self.basis.values_of(z.v[:, 0]).to(self.dtype)

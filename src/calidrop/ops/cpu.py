@@ -46,13 +46,12 @@ class Kernel:
         i32, i64, real, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
         self.decode, self.columns = library.calidrop_decode, library.calidrop_columns
         self.prompt, self.alike = library.calidrop_prompt, library.calidrop_alike
-        self.network, self.weights, self.linear = (
-            library.calidrop_network, library.calidrop_weights, library.calidrop_linear,
-        )  # fmt: skip
+        self.network, self.weights = library.calidrop_network, library.calidrop_weights
+        self.linear, self.latents = library.calidrop_linear, library.calidrop_latents
         self.remember, self.follow, self.exchange = (
             library.calidrop_remember, library.calidrop_follow, library.calidrop_exchange,
         )  # fmt: skip
-        self.decode.argtypes = [ptr]
+        self.decode.argtypes, self.latents.argtypes = [ptr], [ptr, ptr]
         self.columns.argtypes = [Array, Array, i32, ptr, ptr, ptr, *[i64] * 5, i32, real, real, i32, i32, ptr, i32]
         self.prompt.argtypes = [*[Array] * 3, i32, ptr, ptr, *[i64] * 5, i32, i32, real, real, *[ptr] * 3, i32]
         self.alike.argtypes = [ptr, i64, i64, i32, real, i32, ptr, i32]
@@ -67,7 +66,7 @@ class Kernel:
         self.exchange.argtypes = [ptr, i64, i64, i64, ptr, ptr, i64, i64, ptr, ptr, i64, ptr, i64, ptr, i32]
         for function in (
             *(self.decode, self.columns, self.prompt, self.alike, self.network),
-            *(self.weights, self.remember, self.follow, self.exchange, self.linear),
+            *(self.weights, self.remember, self.follow, self.exchange, self.linear, self.latents),
         ):
             function.restype = None
 
@@ -309,11 +308,24 @@ def _ask(
 ) -> None:  # fmt: skip
     """Fills out, lse and mean. q: [B,...,D], of `heads` kv heads one behind the other. coming: where keys, values and
     positions of new tokens lie, and where positions go."""
-    q = (q if q.dtype in (torch.float32, torch.bfloat16) else q.float()).contiguous()
-    B, D, Dv = len(q), q.shape[-1], out.shape[-1]
+    q = read(q)
+    kernel().decode(asked(q, heads, scale, softcap, told, out, lse, mean, coming))
+
+
+def read(q: Tensor) -> Tensor:
+    """Queries as a kernel reads them; whoever asks one keeps this until it has answered."""
+    return (q if q.dtype in (torch.float32, torch.bfloat16) else q.float()).contiguous()
+
+
+def asked(
+    q: Tensor, heads: int, scale: float, softcap: float | None, told: list[bytes], out: Tensor, lse: Tensor,
+    mean: Tensor | None = None, coming: tuple[int, ...] = _NONE_NEW, width: int | None = None,
+) -> bytes:  # fmt: skip
+    """Asked of pieces.h, with the pieces behind it. width: of stored values, if not that of out."""
+    B, D, Dv = len(q), q.shape[-1], width or out.shape[-1]
     head = _ASKED.pack(
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), 0 if mean is None else mean.data_ptr(), 0, B, heads,
         lse.numel() // (B * heads), D, Dv, len(told), torch.get_num_threads(), DTYPES[q.dtype], DTYPES[out.dtype],
         scale, softcap or 0.0, *coming,
     )  # fmt: skip
-    kernel().decode(b"".join((head, *told)))
+    return b"".join((head, *told))

@@ -35,7 +35,7 @@ void look(const float* k, int64_t N, int D, float limit, bool later, int64_t fir
     int64_t kept = 0;
     for (int64_t r = 0; r < open; r += ROWS) {
       const int rows = static_cast<int>(std::min<int64_t>(ROWS, open - r));
-      products(rows, w.rows.data() + r * D, D, w.laid.data(), w.s.data(), BLOCK);
+      products(rows, w.rows.data() + r * D, D, D, w.laid.data(), w.s.data(), BLOCK);
       for (int i = 0; i < rows; ++i) {
         const int64_t own = w.of[r + i];
         const auto may = [&](int t) { return later ? start + t > own : start + t != own; };

@@ -91,7 +91,7 @@ template <class F> void sums(const Asked& c, float* out, int threads) {
       for (int64_t r = 0; r < R; r += ROWS) {
         if (last[b][r / ROWS] < x.first) continue;
         const int rows = static_cast<int>(std::min<int64_t>(ROWS, R - r));
-        products(rows, q + r * c.D, c.D, w.laid.data(), w.s.data(), BLOCK);
+        products(rows, q + r * c.D, c.D, c.D, w.laid.data(), w.s.data(), BLOCK);
         for (int i = 0; i < rows; ++i) weights(r + i, w.s.data() + i * BLOCK);
       }
     }

@@ -192,19 +192,6 @@ void per_channel(const Call& c, const Piece& x, const Stretch& at, Answer& a, Sc
 
 // ---- keys whose channels have 16, 4 or 2 bits, each unit of tokens in an order of its own (MixKVQ)
 
-// n numbers of a dtype
-inline void numbers(const char* p, int dtype, int n, float* to) {
-  for (int i = 0; i < n; ++i)
-    if (dtype == F32)
-      to[i] = load<float>(p + 4 * i);
-    else if (dtype == F16)
-      to[i] = half(load<uint16_t>(p + 2 * i));
-    else {
-      const uint32_t bits = static_cast<uint32_t>(load<uint16_t>(p + 2 * i)) << 16;
-      std::memcpy(to + i, &bits, 4);
-    }
-}
-
 // BITS: of values
 template <int BITS>
 void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {

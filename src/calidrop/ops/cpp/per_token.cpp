@@ -1,5 +1,6 @@
 // Codes with a scale and zero per token.
 #include "amx.h"
+#include "hadamard.h"
 #include "pieces.h"
 #include "words.h"
 
@@ -26,54 +27,9 @@ template <int BITS> struct Converted : Codes<BITS> {
 #endif
 };
 
-// sums and differences of lanes HALF apart
-template <int HALF, class X> ALWAYS X butterflies(X x) {
-  constexpr int LANES = sizeof(X) / sizeof(float);
-  if constexpr (!HALVED<X>) {
-    X y, sign;
-#ifdef __clang__
-    for (int i = 0; i < LANES; ++i) y[i] = x[i ^ HALF];
-#else
-    typename Lanes<LANES>::I other;
-    for (int i = 0; i < LANES; ++i) other[i] = i ^ HALF;
-    y = __builtin_shuffle(x, other);
-#endif
-    for (int i = 0; i < LANES; ++i) sign[i] = i & HALF ? -1.0f : 1.0f;
-    return y + sign * x;
-  } else if constexpr (2 * HALF == LANES)
-    return {x.a + x.b, x.a - x.b};
-  else
-    return {butterflies<HALF>(x.a), butterflies<HALF>(x.b)};
-}
-
 // asks for the memory of n slots of a column from the t-th on
 inline void ask_for(const char* first, const Array& of, int64_t t, int64_t n) {
   for (int64_t i = 0; first && i < n * of.slot; i += 64) __builtin_prefetch(first + t * of.slot + i);
-}
-
-// orthonormal, of blocks of the largest power of two that divides D
-void hadamard(float* x, int D) {
-  const int block = D & -D;
-  const float c = 1.0f / std::sqrt(static_cast<float>(block));
-  if (D % 16) {
-    for (int half = 1; half < block; half *= 2)
-      for (int i = 0; i < D; i += 2 * half)
-        for (int j = i; j < i + half; ++j) {
-          const float a = x[j], b = x[j + half];
-          x[j] = a + b, x[j + half] = a - b;
-        }
-    for (int i = 0; i < D; ++i) x[i] *= c;
-    return;
-  }
-  for (int i = 0; i < D; i += 16)
-    store(x + i, butterflies<8>(butterflies<4>(butterflies<2>(butterflies<1>(load<V>(x + i))))) * c);
-  for (int half = 16; half < block; half *= 2)
-    for (int i = 0; i < D; i += 2 * half)
-      for (int j = i; j < i + half; j += 16) {
-        const V a = load<V>(x + j), b = load<V>(x + j + half);
-        store(x + j, a + b);
-        store(x + j + half, a - b);
-      }
 }
 
 // the order in which products see a row of keys, and in which sums over rows of values are left: place -> code

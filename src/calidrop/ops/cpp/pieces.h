@@ -45,6 +45,18 @@ struct Asked {
   Array k, v, pos, at;
 };
 
+// the queries of a call in fp32
+struct Queries {
+  const float* first;
+  explicit Queries(const Asked& a) : floats(a.q_dtype == F32 ? 0 : a.B * a.H * a.R * a.D) {
+    for (size_t i = 0; i < floats.size(); ++i) floats[i] = number(a.q, i, a.q_dtype);
+    first = floats.empty() ? reinterpret_cast<const float*>(a.q) : floats.data();
+  }
+
+ private:
+  std::vector<float> floats;
+};
+
 struct Call {
   const float* q;
   int64_t H;
@@ -101,5 +113,15 @@ struct Rows {
   std::vector<char>& room;
   int64_t step;  // bytes between two
 };
+
+// n numbers of a dtype
+inline void numbers(const char* p, int dtype, int n, float* to) {
+  if (dtype == F32)
+    std::memcpy(to, p, sizeof(float) * n);
+  else if (dtype == F16)
+    halves(p, 2, n, to);
+  else
+    for (int i = 0; i < n; ++i) to[i] = of_bfloat(load<uint16_t>(p + 2 * i));
+}
 
 }  // namespace

@@ -74,7 +74,7 @@ template <class F> struct Worker {
     for (size_t j = 0; j < blocks.size(); ++j) {
       const Block& x = keys[blocks[j]];
       for (int r = 0; r < rows; r += ROWS)
-        products(std::min(ROWS, rows - r), q.data() + r * c.D, c.D, laid + blocks[j] * BLOCK * c.D,
+        products(std::min(ROWS, rows - r), q.data() + r * c.D, c.D, c.D, laid + blocks[j] * BLOCK * c.D,
                  s.data() + r * columns + j * BLOCK, columns);
       const bool all = x.last <= early;
       for (int r = 0; r < rows; ++r) {

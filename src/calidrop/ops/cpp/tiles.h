@@ -35,27 +35,29 @@ inline V tanh(V x) {
   return pick(x < V{}, -t, t);
 }
 
-// a tile of scores, rows `step` apart: rows of q against 16 * WIDE keys laid out by channels
-template <int R> inline void products(const float* q, int D, const float* k, float* s, int64_t step) {
+// a tile of scores, rows `step` apart: rows of D numbers, `apart` from each other, against 16 * WIDE keys, every 16 of
+// which are laid out by channels
+template <int R> inline void products(const float* q, int64_t apart, int D, const float* k, float* s, int64_t step) {
   V sum[R][WIDE] = {};
   for (int d = 0; d < D; ++d) {
     V x[WIDE];
-    for (int i = 0; i < WIDE; ++i) x[i] = load<V>(k + (d * WIDE + i) * 16);
+    for (int i = 0; i < WIDE; ++i) x[i] = load<V>(k + (i * D + d) * 16);
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < WIDE; ++i) sum[r][i] += x[i] * q[r * D + d];
+      for (int i = 0; i < WIDE; ++i) sum[r][i] += x[i] * q[r * apart + d];
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < WIDE; ++i) store(s + r * step + 16 * i, sum[r][i]);
 }
 
-inline void products(int rows, const float* q, int D, const float* k, float* s, int64_t step) {
+// against a block of keys
+inline void products(int rows, const float* q, int64_t apart, int D, const float* k, float* s, int64_t step) {
   for (int i = 0; i < BLOCK / 16 / WIDE; ++i, k += 16 * WIDE * D, s += 16 * WIDE) switch (rows) {
-      case 1: products<1>(q, D, k, s, step); break;
-      case 2: products<2>(q, D, k, s, step); break;
-      case 3: products<3>(q, D, k, s, step); break;
-      case 4: products<4>(q, D, k, s, step); break;
-      case 5: products<5>(q, D, k, s, step); break;
-      case 6: products<6>(q, D, k, s, step); break;
+      case 1: products<1>(q, apart, D, k, s, step); break;
+      case 2: products<2>(q, apart, D, k, s, step); break;
+      case 3: products<3>(q, apart, D, k, s, step); break;
+      case 4: products<4>(q, apart, D, k, s, step); break;
+      case 5: products<5>(q, apart, D, k, s, step); break;
+      case 6: products<6>(q, apart, D, k, s, step); break;
     }
 }
 
@@ -64,8 +66,8 @@ template <class F> void lay(const char* k, int n, int64_t step, int D, float* to
   for (int t = 0; t < n; ++t)
     for (int i = 0; i < D / 16; ++i) {
       const V row = F::at(k + t * step, i, D / 16);
-      float* at = to + (t / (16 * WIDE) * D + 16 * i) * 16 * WIDE + t % (16 * WIDE);
-      for (int d = 0; d < 16; ++d) at[d * 16 * WIDE] = row[d];
+      float* at = to + (t / 16 * D + 16 * i) * 16 + t % 16;
+      for (int d = 0; d < 16; ++d) at[d * 16] = row[d];
     }
 }
 
