@@ -244,7 +244,11 @@ CODED = [
     "mixkvq(quota=(3, 13, 48), values=4, residual=5)",
     "mixkvq(quota=(0, 64, 0), values=8, group=64, residual=5)",
     "mixkvq(quota=(0, 0, 64), block=32, residual=5)",
+    "mixkvq(values=16, residual=5)",
+    "mixkvq(quota=(3, 13, 48), values=16, block=32, residual=5)",
+    "mixkvq(quota=(64, 0, 0), values=16, residual=5)",
     "adakv(budget=300, recent=9)+mixkvq",
+    "adakv(budget=300, recent=9)+mixkvq(values=16)",
 ]
 
 
@@ -349,6 +353,7 @@ def test_codes(flags, recipe, D, monkeypatch):
         *(("decoquant(bits=2, residual=5)", D) for D in (48, 96)),
         ("kivi(bits=8, residual=5)", 512),
         *(("mixkvq(residual=5)", D) for D in (96, 256)),
+        *(("mixkvq(values=16, residual=5)", D) for D in (96, 160, 256)),
     ],
 )
 @pytest.mark.parametrize("flags", CODES)
@@ -359,6 +364,13 @@ def test_codes_for_any_number_of_queries_and_channels(flags, recipe, D, G, monke
     qs = Queries(torch.randn(B, H * G, 1, D), torch.full((B, 1), N), D**-0.5)
     assert kv.state.store is not None
     check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_values_beside_coded_keys(dtype):
+    kv = run("mixkvq(values=16, residual=5)", tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 611, 64)), pads=[0, 77])
+    qs = queries(2, 6, 1, 64)
+    check(qs, kv.state.store.attend(qs), kv.state.store.tokens(), 2e-3)  # those are decoded to that dtype
 
 
 def test_what_it_does_not_take_is_answered_by_torch():

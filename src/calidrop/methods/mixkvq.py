@@ -61,8 +61,6 @@ class Tiers(Coded):
         return k, _decoded(data, "v", self.values, self.channels)
 
     def layout(self, q: Tensor) -> dict[str, Any]:
-        if self.values == 16:
-            return {}
         tiers = (*self.quota[:2], self.per)
         return {"kind": "tiers", "bits": self.values, "channels": self.channels, "tiers": tiers}
 

@@ -95,7 +95,7 @@ def unread(x: Piece, qs: Queries) -> str:
         return ""
     wide = 4 if x.bits == 3 and x.kind == "per group" else x.bits  # as they are read
     per_vector = 8 * 8 // wide  # the narrowest vector is eight bytes of codes
-    fits = x.channels % per_vector == 0 and wide in (2, 4, 8)
+    fits = x.channels % per_vector == 0 and wide in (2, 4, 8, 16 if x.kind == "tiers" else 8)
     if x.kind == "per channel":
         fits = fits and x.group % per_vector == 0
     if x.kind == "per group":

@@ -46,7 +46,8 @@ class Piece:
     `channels`), "e4m3" (8-bit floats with a scale per token), "per channel" (keys with a scale and zero per channel
     over units of `group` tokens, values per token over groups of `channels`) or "tiers" (the same, with the channels of
     keys sorted unit by unit: the first `tiers[0]` exact, the next `tiers[1]` with 4 bits, the others with 2, a scale
-    and zero per channel over `tiers[2]` tokens: k16, k4 and k; order, uint8, says which channels they are). columns: k,
+    and zero per channel over `tiers[2]` tokens: k16, k4 and k; order, uint8, says which channels they are; `bits` are
+    those of values, 16 where they are exact). columns: k,
     v and, as the kind has them, k_scale, k_zero, v_scale, v_zero (fp16; per-token codes without zeros are symmetric),
     pos (where slots may be empty), bias (fp32, added to the logits); each [B,H,slots,...], or [slots,...] with all
     (row, head) one behind the other where `lens` [B,H] says how many each has. slots: of the longest head. rotate:
@@ -81,7 +82,8 @@ class Piece:
         read them."""
         columns = {name: held.data[name] for name in names if name in held.data}
         lens = None if held.uniform else held.lens
-        width = held.data["v"].shape[-1] * 8 // layout.get("bits", 8)
+        v = held.data["v"]
+        width = v.shape[-1] * 8 // layout["bits"] if v.dtype == torch.uint8 else v.shape[-1]
         heads = held.lens.shape[1]
         return Piece(
             columns=columns, lens=lens, heads=heads, value_dim=width, answer=answer, slots=held.longest,

@@ -14,7 +14,7 @@ void ask(const Call& c, const Piece& x, const Stretch& at, Answer& a) {
 
 // how many numbers rows of D are read as
 int width(const Piece& x, int D) {
-  if (x.kind == EXACT) return width_of<Float32>(D);
+  if (x.kind == EXACT || (x.kind == TIERS && x.bits == 16)) return width_of<Float32>(D);
   if (x.kind == FLOAT8) return width_of<E4M3>(D);
   if (x.kind != PER_TOKEN) return D;
   return x.bits == 8 ? width_of<Codes<8>>(D) : x.bits == 4 ? width_of<Codes<4>>(D) : width_of<Codes<2>>(D);

@@ -139,8 +139,29 @@ void ask_channels(const Call& c, const char* k, int64_t step, const char* scales
   }
 }
 
-// scores of tokens one behind the other, in w.scores with rows `width` apart, become weights of their values, which have
-// a scale and zero per token and group of channels
+// scores of n tokens from the t-th on, in w.scores with rows `width` apart, become weights
+void weights(const Call& c, const char* pos, int t, int n, int width, const Heard& heard, Answer& a, Scratch& w) {
+  for (int r = 0; r < c.R; ++r) std::memcpy(w.s.data() + r * SCORES, w.scores.data() + r * width + t, sizeof(float) * n);
+  softmax(a, w.s.data(), n, c.softcap, pos ? pos + 4 * t : nullptr, 4, nullptr, 0, {heard.to ? heard.to + t : nullptr, heard.apart});
+}
+
+// scores of tokens one behind the other, in w.scores with rows `width` apart, become weights of their values, which are as
+// they came
+void weigh_exact(const Call& c, const Piece& x, const char* v, const char* pos, int tokens, int width, const Heard& heard,
+                 Answer& a, Scratch& w) {
+  const int size = x.dtype == F32 ? 4 : 2, wide = width_of<Float32>(c.Dv);
+  const Rows values(v, c.Dv * size, c.Dv * size, wide * size, w.values);
+  for (int t = 0; t < tokens; t += SCORES) {
+    const int n = std::min(SCORES, tokens - t);
+    weights(c, pos, t, n, width, heard, a, w);
+    const char* first = values.at(t, n);
+    if (x.dtype == F32) weigh_of<Float32>(wide, first, values.step, w.s.data(), a.o, a.D, n, c.R);
+    if (x.dtype == BF16) weigh_of<BFloat16>(wide, first, values.step, w.s.data(), a.o, a.D, n, c.R);
+    if (x.dtype == F16) weigh_of<Float16>(wide, first, values.step, w.s.data(), a.o, a.D, n, c.R);
+  }
+}
+
+// or which have a scale and zero per token and group of channels
 template <int BITS>
 void weigh_tokens(const Call& c, const Piece& x, const char* v, const char* scales, const char* zeros, const char* pos,
                   int tokens, int width, float* zero_sums, const Heard& heard, Answer& a, Scratch& w) {
@@ -149,9 +170,7 @@ void weigh_tokens(const Call& c, const Piece& x, const char* v, const char* scal
   w.scale.resize(SCORES * groups), w.zero.resize(SCORES * groups);
   for (int t0 = 0; t0 < tokens; t0 += SCORES) {
     const int n = std::min(SCORES, tokens - t0);
-    for (int r = 0; r < c.R; ++r)
-      std::memcpy(w.s.data() + r * SCORES, w.scores.data() + r * width + t0, sizeof(float) * n);
-    softmax(a, w.s.data(), n, c.softcap, pos ? pos + 4 * t0 : nullptr, 4, nullptr, 0, {heard.to ? heard.to + t0 : nullptr, heard.apart});
+    weights(c, pos, t0, n, width, heard, a, w);
     halves(scales + 2L * t0 * groups, 2, n * groups, w.scale.data());
     halves(zeros + 2L * t0 * groups, 2, n * groups, w.zero.data());
     for (int g = 0; g < groups; ++g) {
@@ -192,7 +211,7 @@ void per_channel(const Call& c, const Piece& x, const Stretch& at, Answer& a, Sc
 
 // ---- keys whose channels have 16, 4 or 2 bits, each unit of tokens in an order of its own (MixKVQ)
 
-// BITS: of values
+// BITS: of values, 16 where they are as they came
 template <int BITS>
 void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
   const Head p(x, at);
@@ -203,7 +222,7 @@ void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
   const float* q = c.queries(x, at);
   const std::vector<int> place4 = places<4>(per, w), place2 = places<2>(per, w);
   std::vector<float> mine(c.R * x.D), numbers16(static_cast<size_t>(tokens) * n16);
-  row_order<BITS>(x.channels, w.v_order);
+  if constexpr (BITS < 16) row_order<BITS>(x.channels, w.v_order);
   w.scores.resize(c.R * tokens), w.zeros.assign(c.R * (c.Dv / x.channels), 0.0f);
   for (int64_t u = at.from; u < at.to; ++u) {
     const auto* channel = reinterpret_cast<const uint8_t*>(order + u * x.order.slot);
@@ -227,11 +246,14 @@ void tiers(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scratch&
                         p.k_zero + u * x.k_zero.slot + 2 * g, slot, n2, per, mine.data() + n16 + n4, x.D, place2, scores,
                         tokens, w);
     }
-    weigh_tokens<BITS>(c, x, p.v + u * x.v.slot, p.v_scale + u * x.v_scale.slot, p.v_zero + u * x.v_zero.slot,
-                       p.pos ? p.pos + u * x.pos.slot : nullptr, tokens, tokens, w.zeros.data(),
-                       c.heard(x, at, u * tokens), a, w);
+    const char *v = p.v + u * x.v.slot, *pos = p.pos ? p.pos + u * x.pos.slot : nullptr;
+    if constexpr (BITS == 16)
+      weigh_exact(c, x, v, pos, tokens, tokens, c.heard(x, at, u * tokens), a, w);
+    else
+      weigh_tokens<BITS>(c, x, v, p.v_scale + u * x.v_scale.slot, p.v_zero + u * x.v_zero.slot, pos, tokens, tokens,
+                         w.zeros.data(), c.heard(x, at, u * tokens), a, w);
   }
-  straighten(c, x, w.zeros.data(), a, w);
+  if constexpr (BITS < 16) straighten(c, x, w.zeros.data(), a, w);
 }
 
 // ---- codes with a scale and zero per token and group of channels
@@ -357,6 +379,7 @@ void calidrop::ask_groups(const Call& c, const Piece& x, const Stretch& at, Answ
     if (x.bits == 4 || x.bits == 3) per_group<4>(c, x, at, a, w);
     if (x.bits == 2) per_group<2>(c, x, at, a, w);
   } else if (x.kind == TIERS) {
+    if (x.bits == 16) tiers<16>(c, x, at, a, w);
     if (x.bits == 8) tiers<8>(c, x, at, a, w);
     if (x.bits == 4) tiers<4>(c, x, at, a, w);
     if (x.bits == 2) tiers<2>(c, x, at, a, w);

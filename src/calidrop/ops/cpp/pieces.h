@@ -17,7 +17,7 @@ struct Piece {
   int32_t turns;  // queries of the last tokens, in turn, each of which sees its own token and none behind it; 0: all see all
   int32_t reach;  // how many tokens such a query sees at most; 0: any number
   // from here on the same in every call, as long as the tokens are
-  int32_t kind, dtype, bits, group, channels, rotate;
+  int32_t kind, dtype, bits, group, channels, rotate;  // bits: of TIERS, those of values; 16: values are of the dtype
   int32_t tiers[3];     // channels that are exact, those that have 4 bits, tokens that share a scale
   const int64_t* lens;  // [B*H], slots of each; they then lie one behind the other, or where
   const int64_t* starts;  // [B*H] says

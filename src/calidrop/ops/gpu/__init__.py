@@ -73,6 +73,8 @@ def unread(x: Piece, qs: Queries) -> str:
         return "rows of codes are an odd number of bytes, the kernel reads words of two"
     if x.kind == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "the GPU has no 8-bit floats"
+    if x.kind == "tiers" and x.bits == 16:
+        return "values are exact where channels of keys are of several widths"
     if x.kind == "tiers" and x.group not in UNITS:
         return f"units of {x.group} tokens, the kernel takes {UNITS}"
     if x.kind in ("per channel", "per group", "tiers"):
