@@ -69,10 +69,14 @@ def queries(rows: int, Hq: int, T: int, D: int, dtype=torch.float32, softcap: fl
     return Queries(torch.randn(rows, Hq, T, D).to(dtype), torch.full((rows, T), 10_000), D**-0.5, softcap)
 
 
-@pytest.mark.parametrize("T", [1, 2, 8])
-@pytest.mark.parametrize(
-    "recipe", ["", "int8", "int4", "int4(rotate=False)", "fp8", "kivi(bits=4, group=16, residual=5)"]
+STORED = (
+    *("", "int8", "int4", "int4(rotate=False)", "fp8", "kivi(bits=4, group=16)", "kivi(bits=2, group=8)"),
+    *("kivi(bits=8, group=16)", "ott(bits=4, block=80, pool=3, spill=2, skip=0)", "decoquant"),  # the last is decoded
 )
+
+
+@pytest.mark.parametrize("T", [1, 2, 8])
+@pytest.mark.parametrize("recipe", STORED)
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_latents(flags, recipe, T, monkeypatch):
     use(flags, monkeypatch)

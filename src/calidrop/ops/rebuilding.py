@@ -33,7 +33,7 @@ def reads(x: Piece) -> bool:
     """Whether `attend` can read latents that are stored so."""
     if x.kind == "exact":
         return x.columns["k"].dtype in DTYPES
-    return x.kind in ("per token", "e4m3") and x.q is None and x.mix is None
+    return x.kind in ("per token", "per channel", "e4m3") and x.q is None and x.mix is None
 
 
 def attend(qs: Queries, pieces: Sequence[Piece], basis: Basis, start: Tensor, freq: Tensor, scaling: float) -> Partial:

@@ -16,8 +16,11 @@ struct Bases {
   int32_t groups, rank, half, D, Dv;
 };
 
+constexpr int MANY = 10 * ROWS;  // tokens that are rebuilt at once
+
 struct Scratch {
-  std::vector<float> q, keys, values, x, rotated, s, cos, sin;
+  std::vector<float> q, keys, values, x, rotated, s, cos, sin, scale, zero;
+  int32_t pos[MANY];
 };
 
 struct Latents {
@@ -38,25 +41,68 @@ template <int BITS> void codes(const char* p, int n, float scale, float zero, fl
       to[PER * i + j] = static_cast<float>(static_cast<uint8_t>(p[i]) >> BITS * j & ((1 << BITS) - 1)) * scale + zero;
 }
 
+void codes(int bits, const char* p, int n, float scale, float zero, float* to) {
+  if (bits == 8) codes<8>(p, n, scale, zero, to);
+  if (bits == 4) codes<4>(p, n, scale, zero, to);
+  if (bits == 2) codes<2>(p, n, scale, zero, to);
+}
+
 // the n numbers of a row as they were before they were stored, but for a rotation; scale, zero: of the row, or null
-void read(const Piece& x, const char* row, int n, const char* scale, const char* zero, float* to) {
+void numbers_of(const Piece& x, const char* row, int n, const char* scale, const char* zero, float* to) {
   if (x.kind == EXACT) return numbers(row, x.dtype, n, to);
   const float by = half(load<uint16_t>(scale));
-  if (x.kind == FLOAT8) {
-    for (int i = 0; i < n; i += 16) {
-      alignas(64) char last[16] = {};
-      if (n - i < 16) std::memcpy(last, row + i, n - i);
-      const V y = E4M3::at(n - i < 16 ? last : row + i, 0, 1) * (256.0f * by);  // by which E4M3 divides
-      alignas(64) float all[16];
-      store(all, y);
-      std::memcpy(to + i, all, sizeof(float) * std::min(16, n - i));
-    }
-    return;
+  if (x.kind == PER_TOKEN)
+    return codes(x.bits, row, n, by, zero ? half(load<uint16_t>(zero)) : by * -static_cast<float>((1 << (x.bits - 1)) - 1), to);
+  for (int i = 0; i < n; i += 16) {
+    const int left = std::min(16, n - i);
+    alignas(64) char last[16] = {};
+    if (left < 16) std::memcpy(last, row + i, left);
+    alignas(64) float all[16];
+    store(all, E4M3::at(left < 16 ? last : row + i, 0, 1) * (256.0f * by));  // by which E4M3 divides
+    std::memcpy(to + i, all, sizeof(float) * left);
   }
-  const float least = zero ? half(load<uint16_t>(zero)) : by * -static_cast<float>((1 << (x.bits - 1)) - 1);
-  if (x.bits == 8) codes<8>(row, n, by, least, to);
-  if (x.bits == 4) codes<4>(row, n, by, least, to);
-  if (x.bits == 2) codes<2>(row, n, by, least, to);
+}
+
+// slots t to t + n - 1 of a head, of a token each
+void read_tokens(const Latents& c, const Piece& x, const Head& p, int64_t t, int n, Scratch& w) {
+  const int latents = c.b.groups * c.b.rank;
+  const auto row = [](const char* first, const Array& of, int64_t slot) { return first ? first + slot * of.slot : nullptr; };
+  for (int i = 0; i < n; ++i, ++t) {
+    float* key = w.keys.data() + i * latents;
+    numbers_of(x, p.k + t * x.k.slot, latents, row(p.k_scale, x.k_scale, t), row(p.k_zero, x.k_zero, t), key);
+    if (x.rotate) hadamard(key, latents);
+    numbers_of(x, p.v + t * x.v.slot, c.a.Dv, row(p.v_scale, x.v_scale, t), row(p.v_zero, x.v_zero, t),
+               w.values.data() + i * c.values);
+    w.pos[i] = load<int32_t>(p.pos + t * x.pos.slot);
+  }
+}
+
+// n tokens from the t-th on, of units whose keys have a scale and zero per channel, and values per group of channels
+void read_units(const Latents& c, const Piece& x, const Head& p, int64_t t, int n, Scratch& w) {
+  const int latents = c.b.groups * c.b.rank, groups = c.a.Dv / x.channels, part = x.channels * x.bits / 8;
+  w.scale.resize(std::max(latents, groups)), w.zero.resize(std::max(latents, groups));
+  for (int i = 0; i < n;) {
+    const int64_t unit = (t + i) / x.group;
+    const int first = static_cast<int>((t + i) % x.group), some = std::min(n - i, x.group - first);
+    halves(p.k_scale + unit * x.k_scale.slot, 2, latents, w.scale.data());
+    halves(p.k_zero + unit * x.k_zero.slot, 2, latents, w.zero.data());
+    for (int d = 0; d < latents; ++d) {
+      const char* channel = p.k + unit * x.k.slot + static_cast<int64_t>(d) * x.group * x.bits / 8;
+      for (int j = 0; j < some; ++j) {
+        const int bit = (first + j) * x.bits;
+        const int code = static_cast<uint8_t>(channel[bit / 8]) >> bit % 8 & ((1 << x.bits) - 1);
+        w.keys[(i + j) * latents + d] = static_cast<float>(code) * w.scale[d] + w.zero[d];
+      }
+    }
+    for (int j = first; j < first + some; ++j, ++i) {
+      const char* v = p.v + unit * x.v.slot + static_cast<int64_t>(j) * groups * part;
+      halves(p.v_scale + unit * x.v_scale.slot + 2L * j * groups, 2, groups, w.scale.data());
+      halves(p.v_zero + unit * x.v_zero.slot + 2L * j * groups, 2, groups, w.zero.data());
+      for (int g = 0; g < groups; ++g)
+        codes(x.bits, v + g * part, x.channels, w.scale[g], w.zero[g], w.values.data() + i * c.values + g * x.channels);
+      w.pos[i] = load<int32_t>(p.pos + unit * x.pos.slot + 4 * j);
+    }
+  }
 }
 
 // of the angles of a position, which are rounded to fp32 as torch does, and large: their quarters of a turn are taken off in fp64
@@ -74,7 +120,7 @@ void turned(float position, const float* freq, int n, float* cos, float* sin) {
   }
 }
 
-// latents of n tokens become channels, [BLOCK][groups * width]
+// latents of n tokens become channels, [MANY][groups * width]
 void rebuild(const Latents& c, int n, Scratch& w) {
   const int latents = c.b.groups * c.b.rank, wide = c.b.groups * c.width;
   for (int g = 0; g < c.b.groups; ++g)
@@ -93,7 +139,7 @@ template <class X> ALWAYS void pair(const float* x, const float* bias, const flo
   std::memcpy(to, &low, sizeof low), std::memcpy(to + half, &high, sizeof high);
 }
 
-// channels of the t-th token become keys, [H][BLOCK][D]
+// channels of the t-th token become keys, [H][MANY][D]
 void rotate(const Latents& c, int t, float position, Scratch& w) {
   const int half = c.b.half, wide = c.b.groups * c.width;
   turned(position, c.b.freq, half, w.cos.data(), w.sin.data());
@@ -101,7 +147,7 @@ void rotate(const Latents& c, int t, float position, Scratch& w) {
   for (int j = 0; j < c.a.H; ++j) {
     const float* x = w.x.data() + t * wide + j / c.heads * c.width + j % c.heads * c.b.D;
     const float* bias = c.b.bias + j * c.b.D;
-    float* to = w.rotated.data() + (static_cast<size_t>(c.b.at[j]) * BLOCK + t) * c.D;
+    float* to = w.rotated.data() + (static_cast<size_t>(c.b.at[j]) * MANY + t) * c.D;
     int d = 0;
     for (; d + 16 <= half; d += 16) pair<V>(x + d, bias + d, cos + d, sin + d, half, to + d);
     for (; d < half; ++d) pair<float>(x + d, bias + d, cos + d, sin + d, half, to + d);
@@ -121,23 +167,19 @@ void weigh(const Latents& c, int n, const Scratch& w, Answer& a) {
 void ask(const Latents& c, const Piece& x, const Stretch& at, Answer& a, Scratch& w) {
   a.reset();
   const Head p(x, at);
-  const int latents = c.b.groups * c.b.rank;
-  const auto row = [](const char* first, const Array& of, int64_t t) { return first ? first + t * of.slot : nullptr; };
-  for (int64_t t = at.from; t < at.to; t += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, at.to - t));
-    for (int i = 0; i < n; ++i) {
-      const int64_t u = t + i;
-      float *key = w.keys.data() + i * latents, *value = w.values.data() + i * c.values;
-      read(x, row(p.k, x.k, u), latents, row(p.k_scale, x.k_scale, u), row(p.k_zero, x.k_zero, u), key);
-      if (x.rotate) hadamard(key, latents);
-      read(x, row(p.v, x.v, u), c.a.Dv, row(p.v_scale, x.v_scale, u), row(p.v_zero, x.v_zero, u), value);
-    }
+  const int64_t start = c.b.start[at.b], end = at.to * x.group;
+  for (int64_t t = at.from * x.group; t < end; t += MANY) {
+    const int n = static_cast<int>(std::min<int64_t>(MANY, end - t));
+    if (x.kind == PER_CHANNEL)
+      read_units(c, x, p, t, n, w);
+    else
+      read_tokens(c, x, p, t, n, w);
     rebuild(c, n, w);
-    for (int i = 0; i < n; ++i) rotate(c, i, static_cast<float>(load<int32_t>(row(p.pos, x.pos, t + i)) - c.b.start[at.b]), w);
+    for (int i = 0; i < n; ++i) rotate(c, i, static_cast<float>(w.pos[i] - start), w);
     for (int h = 0; h < c.a.H; ++h)
-      dots_of<Float32>(c.D, reinterpret_cast<const char*>(w.rotated.data() + static_cast<size_t>(h) * BLOCK * c.D),
+      dots_of<Float32>(c.D, reinterpret_cast<const char*>(w.rotated.data() + static_cast<size_t>(h) * MANY * c.D),
                        sizeof(float) * c.D, w.q.data() + h * c.a.R * c.D, w.s.data() + h * c.a.R * SCORES, n, c.a.R);
-    softmax(a, w.s.data(), n, c.a.softcap, row(p.pos, x.pos, t), x.pos.slot, nullptr, 0, {});
+    softmax(a, w.s.data(), n, c.a.softcap, reinterpret_cast<const char*>(w.pos), sizeof(int32_t), nullptr, 0, {});
     weigh(c, n, w, a);
   }
   for (int r = 0; x.rotate && r < c.rows; ++r) hadamard(a.o + static_cast<size_t>(r) * a.D, c.a.Dv);
@@ -163,8 +205,8 @@ extern "C" void calidrop_latents(const Asked* asked, const Bases* bases) {
     thread_local const std::unique_ptr<Scratch> mine(new Scratch);
     Scratch& w = *mine;
     w.q.assign(static_cast<size_t>(c.rows) * c.D, 0.0f), w.s.resize(static_cast<size_t>(c.rows) * SCORES);
-    w.keys.resize(BLOCK * c.b.groups * c.b.rank), w.values.assign(BLOCK * c.values, 0.0f);
-    w.x.resize(static_cast<size_t>(BLOCK) * c.b.groups * c.width), w.rotated.assign(a.H * BLOCK * c.D, 0.0f);
+    w.keys.resize(MANY * c.b.groups * c.b.rank), w.values.assign(MANY * c.values, 0.0f);
+    w.x.resize(static_cast<size_t>(MANY) * c.b.groups * c.width), w.rotated.assign(a.H * MANY * c.D, 0.0f);
     w.cos.resize(c.b.half), w.sin.resize(c.b.half);
     for (int r = 0; r < c.rows; ++r)
       for (int d = 0; d < c.b.D; ++d) w.q[r * c.D + d] = q.first[(b * c.rows + r) * c.b.D + d] * a.scale;
@@ -175,7 +217,8 @@ extern "C" void calidrop_latents(const Asked* asked, const Bases* bases) {
         for (int r = 0; r < c.rows; ++r) {
           const int64_t i = b * c.rows + r;
           a.lse[i] = divided(whole, r, a.Dv);
-          restore(c, r / a.R, whole.o + static_cast<size_t>(r) * whole.D, a.lse[i] == NONE, reinterpret_cast<float*>(a.out) + i * bases->Dv);
+          float* to = reinterpret_cast<float*>(a.out) + i * bases->Dv;
+          restore(c, r / a.R, whole.o + static_cast<size_t>(r) * whole.D, a.lse[i] == NONE, to);
         }
       });
 }
