@@ -224,7 +224,7 @@ class LayerKV(CacheLayerMixin):
             self.state.context = torch.zeros(B, dtype=torch.long, device=new.k.device)
             self.column_bytes = (new.k[:, :, :1].nbytes + new.v[:, :, :1].nbytes) // B
             self.is_initialized = True
-        elif len(self.state.context) != B:
+        elif self.state.context.shape[0] != B:
             raise ValueError(f"this cache holds {len(self.state.context)} sequences, got a batch of {B}")
 
     def _recorded(self, qs: Queries, new: Tokens, sink: Tensor | None, prompt: int, soft: QKV | None) -> Tensor:

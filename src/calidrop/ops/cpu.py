@@ -322,7 +322,7 @@ def asked(
     mean: Tensor | None = None, coming: tuple[int, ...] = _NONE_NEW, width: int | None = None,
 ) -> bytes:  # fmt: skip
     """Asked of pieces.h, with the pieces behind it. width: of stored values, if not that of out."""
-    B, D, Dv = len(q), q.shape[-1], width or out.shape[-1]
+    B, D, Dv = q.shape[0], q.shape[-1], width or out.shape[-1]
     head = _ASKED.pack(
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), 0 if mean is None else mean.data_ptr(), 0, B, heads,
         lse.numel() // (B * heads), D, Dv, len(told), torch.get_num_threads(), DTYPES[q.dtype], DTYPES[out.dtype],
