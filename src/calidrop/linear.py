@@ -106,4 +106,4 @@ def onednn_leads() -> bool:
     """Whether torch's own choice for many rows in fp32 is the slower one: MKL on a processor of AMD's."""
     has: Any = torch.backends
     both = has.mkl.is_available() and has.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return both and "sse4a" in build.features().split()
+    return both and build.of_amd()

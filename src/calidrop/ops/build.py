@@ -89,6 +89,11 @@ def features() -> str:
         return platform.processor()
 
 
+def of_amd() -> bool:
+    """Whether the processor is one of AMD's, on which MKL and torch's attention do without AVX-512."""
+    return "sse4a" in features().split()
+
+
 def _share_openmp() -> None:
     """Let the kernel find the OpenMP runtime that torch runs on. Raises OSError where that is not known."""
     try:

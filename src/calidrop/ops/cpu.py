@@ -265,7 +265,7 @@ def leads(q: Tensor, tokens: int) -> bool:
     """Whether `prompt` is no slower than torch's attention, as far as that was measured: on x86, up to a number of
     tokens whose scores fit the caches."""
     there = set(build.features().split())
-    if {"sse4a", "avx512f"} <= there:  # of AMD: torch's library makes no use of AVX-512 there
+    if build.of_amd() and "avx512f" in there:
         return tokens <= 16384
     return "avx2" in there and tokens <= 4096 and q.dtype == torch.float32
 

@@ -26,11 +26,10 @@ struct Scratch {
 struct Latents {
   const Asked& a;
   const Bases& b;
-  const float* q;        // [B,H * R,D]
-  int rows, D, values;   // rows of queries; what a rotated key and a value are filled up to
-  int heads, width;      // of a group: heads, and channels filled up
-  Latents(const Asked& a, const Bases& b, const float* q)
-      : a(a), b(b), q(q), rows(static_cast<int>(a.H) * a.R), D(width_of<Float32>(b.D)), values((a.Dv + 31) / 32 * 32),
+  int rows, D, values;  // rows of queries; what a rotated key and a value are filled up to
+  int heads, width;     // of a group: heads, and channels filled up
+  Latents(const Asked& a, const Bases& b)
+      : a(a), b(b), rows(static_cast<int>(a.H) * a.R), D(width_of<Float32>(b.D)), values((a.Dv + 31) / 32 * 32),
         heads(static_cast<int>(a.H) / b.groups), width((heads * b.D + BLOCK - 1) / BLOCK * BLOCK) {}
 };
 
@@ -132,7 +131,7 @@ void rebuild(const Latents& c, int n, Scratch& w) {
     }
 }
 
-// channels of the first half and those that turn with them
+// as many channels as X has, of the first half of those that turn, and their partners half behind
 template <class X> ALWAYS void pair(const float* x, const float* bias, const float* cos, const float* sin, int half, float* to) {
   const X first = load<X>(x) + load<X>(bias), second = load<X>(x + half) + load<X>(bias + half);
   const X low = first * load<X>(cos) - second * load<X>(sin), high = second * load<X>(cos) + first * load<X>(sin);
@@ -199,7 +198,7 @@ void restore(const Latents& c, int h, const float* latents, bool none, float* to
 extern "C" void calidrop_latents(const Asked* asked, const Bases* bases) {
   const Asked& a = *asked;
   const Queries q(a);
-  const Latents c(a, *bases, q.first);
+  const Latents c(a, *bases);
   const auto none = [](int64_t, Answer&) {};
   const auto ask_one = [&](int64_t b, const Piece& x, int64_t start, int64_t from, int64_t to, Answer& heard) {
     thread_local const std::unique_ptr<Scratch> mine(new Scratch);
