@@ -213,8 +213,9 @@ def test_any_number_of_threads(rows, threads):
     was = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        qs, t = queries(rows, 6, 1, 64), tokens(rows, 3, 3001, 64)
-        check(qs, [ops.piece(t), ops.piece(tokens(rows, 3, 1, 64))][:1], [t], 2e-5)
+        qs, t, more = queries(rows, 6, 1, 64), tokens(rows, 3, 3001, 64), tokens(rows, 3, 5, 64)
+        check(qs, [ops.piece(t)], [t], 2e-5)
+        check(qs, [ops.piece(t), attend(qs, more.k, more.v, more.pos)], [t, more], 2e-5)
     finally:
         torch.set_num_threads(was)
 
@@ -366,11 +367,15 @@ def test_codes_for_any_number_of_queries_and_channels(flags, recipe, D, G, monke
     check(qs, [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())], live(kv), 2e-4)
 
 
+@pytest.mark.parametrize("D", [64, 160])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_exact_values_beside_coded_keys(dtype):
-    kv = run("mixkvq(values=16, residual=5)", tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 611, 64)), pads=[0, 77])
-    qs = queries(2, 6, 1, 64)
-    check(qs, kv.state.store.attend(qs), kv.state.store.tokens(), 2e-3)  # those are decoded to that dtype
+def test_exact_values_beside_coded_keys(dtype, D):
+    qkv = tuple(x.to(dtype) for x in random_qkv(2, 2, 3, 517, D))
+    kv = run("mixkvq(values=16, residual=5)", qkv, pads=[0, 128])
+    qs = queries(2, 6, 1, D)
+    parts = kv.state.store.attend(qs)
+    assert [p.kind for p in parts] == ["tiers"]  # whole blocks
+    check(qs, parts, kv.state.store.tokens(), 2e-3)  # those are decoded to that dtype
 
 
 def test_what_it_does_not_take_is_answered_by_torch():

@@ -105,6 +105,12 @@ def test_shapes(heads, G, D, Dv, size, rank, values, half, dtype):
     check(store, queries(2, heads * G, 1, D, softcap=3.0), 1e-4)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_codes_that_do_not_fill_vectors(recipe):
+    store = filled(recipe, basis(3, 64, 64, 1, 21, 40), Rope(1e4 ** -(torch.arange(32) / 32)), 2, 150)
+    check(store, queries(2, 9, 1, 64), 1e-4)
+
+
 @pytest.mark.parametrize("N", [1, 2, 63, 64, 65, 127, 1000])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_lengths_and_threads(N, threads):
