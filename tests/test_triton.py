@@ -472,7 +472,7 @@ def test_what_it_does_not_take_is_answered_by_torch_and_said(dispatched):
     assert ops.pick(queries(1, 4, 9, 48), [ops.piece(t)]).name == "torch (9 queries at once, a kernel takes 8)"
     assert "groups of 24" in gpu.unread(layer_piece("kivi(group=24)", 48), qs)
     assert "units of 32" in gpu.unread(layer_piece("mixkvq(block=32, group=16)", 48), qs)
-    assert "values are exact" in gpu.unread(layer_piece("mixkvq(values=16)", 48), qs)
+    assert "values are exact" in gpu.unread(layer_piece("mixkvq(values=16, block=64, group=16)", 48), qs)
     assert "units of 96" in gpu.unread(layer_piece("mixkvq(block=96, group=16)", 48), qs)
 
 
