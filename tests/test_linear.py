@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 import calidrop
 from calidrop import linear
@@ -192,6 +193,18 @@ def test_a_tensors_own_product_is_respected(rows: int) -> None:
         torch.testing.assert_close(ours(x.as_subclass(Doubled)), 2 * plain(x))
         ours.weight = nn.Parameter(plain.weight.detach().as_subclass(Doubled), requires_grad=False)
         torch.testing.assert_close(ours(x), 2 * plain(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_parameter_that_is_made_from_others(rows: int, name: str) -> None:
+    """As pruning does: what the module has under that name is no parameter then."""
+    pairs = pair(32, 8)
+    for layer in pairs:
+        prune.l1_unstructured(layer, name, amount=4)
+    x = torch.randn(rows, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(pairs[1](x), pairs[0](x))
 
 
 @pytest.mark.filterwarnings("ignore")

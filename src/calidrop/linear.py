@@ -42,9 +42,10 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if not _plain(input, weight, bias):
+        own: Any = self._parameters  # as attributes they would be searched for, which takes as long as the rest
+        if "weight" not in own or "bias" not in own or not _plain(input, own["weight"], own["bias"]):
             return super().forward(input)
+        weight, bias = own["weight"], own["bias"]
         if torch.compiler.is_compiling():
             few = input.numel() <= MOST_QUERIES * self.in_features
             return torch.ops.calidrop.linear(input, weight, bias) if few else super().forward(input)

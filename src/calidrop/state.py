@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from calidrop import huge
+
 
 class State:
     """Base of everything a cache is made of.
@@ -194,7 +196,7 @@ class Buffer(State):
             room = _roomy(need)
             if self.data is not None and _roomy(self.data.shape[2] + 1) >= need:
                 room = _roomy(self.data.shape[2] + 1)  # what there would be, had they come one by one
-            grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+            grown = huge.empty(x, (*x.shape[:2], room, *x.shape[3:]))
             if self.data is not None:
                 grown[:, :, : self.len] = self.data[:, :, : self.len]
             self.data = grown
@@ -232,11 +234,10 @@ class Ragged(State):
         self.longest = int(self.lens.max()) if keep.numel() else 0
         self.uniform = bool((self.lens == self.longest).all())
         if not self.uniform:
-            self.data = {name: x[keep].contiguous() for name, x in data.items()}  # indexing may permute strides
+            self.data = {name: huge.marked(x, keep) for name, x in data.items()}
         elif self.longest == keep.shape[2]:
             # else a copy: the caller's tensors are often views of something much larger, which would stay alive
-            layout = torch.contiguous_format
-            self.data = data if own else {name: x.clone(memory_format=layout) for name, x in data.items()}
+            self.data = data if own else {name: huge.copy(x) for name, x in data.items()}
         else:
             order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., : self.longest]
             self.data = {name: gather(x, order) for name, x in data.items()}
@@ -267,13 +268,13 @@ class Ragged(State):
         old, valid = self.padded()
         if valid is None:
             valid = keep.new_ones(*self.lens.shape, self.longest)
-        both = {name: torch.cat([x, data[name]], 2) for name, x in old.items()}
-        return Ragged(both, torch.cat([valid, keep], 2))
+        both = {name: huge.cat([x, data[name]], 2) for name, x in old.items()}
+        return Ragged(both, torch.cat([valid, keep], 2), own=True)
 
     def replace(self, columns: dict[str, Tensor]) -> Ragged:
         """With new or changed columns, given [B,H,longest,...] as `padded` lays them out."""
         _, valid = self.padded()
-        packed = {n: x if valid is None else x[valid].contiguous() for n, x in columns.items()}
+        packed = {n: x if valid is None else huge.marked(x, valid) for n, x in columns.items()}
         return self._but(data={**self.data, **packed})
 
     def of_all(self, data: dict[str, Tensor]) -> Ragged:
@@ -299,4 +300,4 @@ class Ragged(State):
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x: [B,H,N,...], index: int64 [B,H,n] -> [B,H,n,...]."""
     tail = x.shape[3:]
-    return x.gather(2, index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail))
+    return huge.gather(x, 2, index.view(*index.shape, *[1] * len(tail)).expand(*index.shape, *tail))

@@ -182,14 +182,18 @@ GPU = Backend("the Triton kernel", gpu.decode)
 def pick(qs: Queries, parts: Sequence[Partial | Piece]) -> Backend:
     """One kernel for all the pieces that it can read, torch for the others."""
     own, kernel = (gpu, GPU) if _triton(qs.q) else (cpu, CPU)
-    pieces = [p for p in parts if isinstance(p, Piece)]
-    if why := own.refusal(qs) if pieces else "no stored token is asked":
-        return Backend(f"torch ({why})", _merged)
-    unread = {id(p): why for p in pieces if (why := own.unread(p, qs))}
+    why, unread, pieces = own.refusal(qs), {}, 0
+    for p in parts:  # of which most steps have one or two, all of them read
+        if isinstance(p, Piece):
+            pieces += 1
+            if said := why or own.unread(p, qs):
+                unread[id(p)] = said
+    if not pieces:
+        return Backend("torch (no stored token is asked)", _merged)
     if not unread:
         return kernel
     why = "; ".join(sorted(set(unread.values())))
-    if len(unread) == len(pieces):
+    if len(unread) == pieces:
         return Backend(f"torch ({why})", _merged)
 
     def both(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = None) -> Partial:

@@ -114,10 +114,13 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
 
     heard: gets the logits of all pieces, if there is one query."""
     B, Hq, T, _ = qs.q.shape
-    first = next(p for p in parts if isinstance(p, Piece))
+    first, keep, told = None, [], []
+    for p in parts:
+        told.append(describe(p, qs.q, keep, heard if T == 1 else None))
+        if first is None and isinstance(p, Piece):
+            first = p
+    assert first is not None
     out, lse = torch.empty(B, Hq, T, first.value_dim), torch.empty(B, Hq, T)
-    keep: list[Tensor] = []
-    told = [describe(p, qs.q, keep, heard if T == 1 else None) for p in parts]
     _ask(qs.q, first.heads, qs.scale, qs.softcap, told, out, lse)
     return out, lse
 
@@ -293,7 +296,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer for up to `MOST_QUERIES` rows, of what `multiplies` allows: x [...,I], weight [O,I], bias [O], all
     of one dtype -> [...,O] of that."""
     wide, width = weight.shape
-    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], wide)
+    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], wide))
     bias = None if bias is None else bias.contiguous()
     kernel().linear(
         weight.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[x.dtype], x.data_ptr(),
