@@ -101,3 +101,26 @@ def test_what_is_stored_and_what_grows_has_them(uneven):
     assert torch.equal(held.padded()[0]["k"][0, 1, :100], x[0, 1][keep[0, 1]][:100])
     many = int(keep[0, 1, :5].sum())
     assert torch.equal(more.padded()[0]["k"][0, 1, many : many + 100], x[0, 1][keep[0, 1]][:100])
+
+
+@needs_pages
+def test_what_lies_there_is_moved_as_it_is():
+    """Together tensors fill pages that none of them fills; what is mapped from a file is left alone."""
+    whole = torch.empty(17 * MEGABYTE // 4).normal_()
+    held = list(whole.split(MEGABYTE // 4))
+    want, before = [x.clone() for x in held], memory()
+    n = huge.moved(held)
+    if not n:
+        pytest.skip("a Linux before 6.1")
+    pages = len(range(-(-whole.data_ptr() // huge.PAGE), (whole.data_ptr() + whole.nbytes) // huge.PAGE))
+    assert n == pages * huge.PAGE and memory()[1] - before[1] == n // 1024
+    assert abs(memory()[0] - before[0]) < 100
+    assert all(torch.equal(x, y) for x, y in zip(held, want, strict=True))
+    assert huge.moved([torch.ones(3), torch.ones(5)]) == 0
+
+
+@needs_pages
+def test_memory_of_a_file_is_left_alone(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(range(256)) * (32 * 1024))
+    x = torch.from_file(str(tmp_path / "x"), shared=False, size=8 * MEGABYTE, dtype=torch.uint8)
+    assert huge.moved([x]) == 0 and x[-3:].tolist() == [253, 254, 255]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from calidrop import huge
 from calidrop.ops import MOST_QUERIES, build, cpu
 
 M = TypeVar("M", bound=nn.Module)
@@ -87,13 +88,18 @@ def fast_linear(model: M, on: bool = True) -> M:
 
     A decode step of up to eight rows reads weights at the pace of memory, in fp32 and bf16; a prompt's products take
     half the time in fp32 on AMD's processors (`python -m benchmarks.linear`). `calidrop.load` has done it. Weights
-    stay as they are. Layers of a class of their own (LoRA's, quantized ones) are left alone. Returns the model,
-    changed in place.
+    stay as they are; those that are not mapped from a file are moved to huge pages, where Linux has them (6.1 or later;
+    some 2 s a GB). Layers of a class of their own (LoRA's, quantized ones) are left alone. Returns the model, changed
+    in place.
     """
     old, new = (nn.Linear, Linear) if on else (Linear, nn.Linear)
     found: list[Any] = [layer for layer in model.modules() if type(layer) is old]
-    for layer in found if helps() or not on else ():
+    if on and not helps():
+        return model
+    for layer in found:
         layer.__class__ = new
+    if on:
+        huge.moved(layer.weight for layer in found if type(layer.weight) is nn.Parameter)
     return model
 
 
