@@ -91,7 +91,7 @@ class Bench:
         """Every cache after the prompt ids [1,T]."""
         config = self.model.config
         made: dict[str, Cache] = {FULL: DynamicCache(config=config), SHORT: DynamicCache(config=config)}
-        if self.proposed == 1 and not any(layer_kinds(config)):  # it cannot undo, and refuses sliding layers
+        if self.proposed == 1 and not any(layer_kinds(config).values()):  # it cannot undo, and refuses sliding layers
             try:
                 made[FP8] = QuantizedCache("fp8", config)
             except ValueError as error:  # versions of transformers that know no fp8

@@ -76,7 +76,7 @@ def main() -> None:
     peers: dict[str, Callable[[], Cache]] = {
         "transformers DynamicCache, sdpa": lambda: DynamicCache(config=model.config),
     }
-    if not any(layer_kinds(model.config)):  # it refuses models with sliding layers
+    if not any(layer_kinds(model.config).values()):  # it refuses models with sliding layers
         peers["transformers QuantizedCache fp8"] = lambda: QuantizedCache("fp8", model.config)
     recipes, rows = ["full", *args.recipe] if args.recipe else RECIPES, dict[str, list[Row]]()
     for i in range(args.texts):

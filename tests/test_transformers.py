@@ -5,15 +5,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import DynamicCache, masking_utils
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, masking_utils
 
 import calidrop
 from calidrop import ops
+from calidrop.cache import layers_of
 from calidrop.layer import LayerKV
+from calidrop.planning import plan
 from calidrop.plugin import _sliding, using
 from calidrop.state import held_bytes
 from helpers import kernels, predictor
-from tiny import FAMILIES, batch, generate, row, soft, tiny, worst
+from tiny import COMMON, FAMILIES, batch, generate, row, soft, tiny, worst
 
 SOFT = soft(tiny())
 
@@ -77,6 +79,30 @@ def test_compressing_works_on_every_kind_of_layer(family):
     for layer in cache.layers:
         columns = layer.reach or 85
         assert held_bytes(layer.state) < (columns + 16) * 2 * 2 * (2 * 16 * 4 + 4) + 2048
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="a transformers without Gemma 4")
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=24, recent=8)+int4", "kivi(bits=4, group=16, residual=16)"])
+def test_layers_of_several_shapes(recipe):
+    """Gemma 4: layers that see all have other heads than those with a window."""
+    shape = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 24,
+             "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}  # fmt: skip
+    config = AutoConfig.for_model("gemma4_text", **{**COMMON, **shape, "hidden_size_per_layer_input": 8})
+    torch.manual_seed(1)
+    model, inputs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), batch()
+    assert [(x.kv_heads, x.head_dim, reach) for x, reach in layers_of(model)] == [(2, 16, 24), (1, 32, None)] * 2
+    cache = calidrop.KVCache(model, recipe)
+    tokens, logits = generate(model, inputs, cache)
+    if recipe == "full":
+        plain = DynamicCache(config=config)
+        want, full = generate(model, inputs, plain)
+        assert torch.equal(tokens, want) and worst(logits, full) < 2e-4
+    else:
+        alone, _ = generate(model, row(inputs, 1), calidrop.KVCache(model, recipe))
+        assert torch.equal(tokens[1:], alone) and cache.nbytes < cache.full_nbytes
+    for unable in (lambda: plan(config, context=512), lambda: calidrop.show(model, None, "text")):
+        with pytest.raises(ValueError, match="1 kv heads of 32, 2 kv heads of 16"):
+            unable()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

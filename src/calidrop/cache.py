@@ -1,4 +1,5 @@
-"""The cache a model is given: one `LayerKV` per layer, built as the recipe plans it."""
+"""The cache a model is given: one `LayerKV` per layer, built as the recipe plans it. Layers without keys and values
+(linear attention, convolutions) keep what transformers keeps of them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,19 @@ from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
+from calidrop.stateful import State, StatefulKV, copied, state_of
 from calidrop.steps import Steps
-from calidrop.support import attention_modules, check_model, key_sample, layer_kinds, rope_of
+from calidrop.support import (
+    attention_modules,
+    check_model,
+    check_plain,
+    heads_of,
+    key_sample,
+    layer_kinds,
+    others,
+    rope_of,
+    states,
+)
 
 
 class KVCache(Cache):
@@ -52,27 +64,30 @@ class KVCache(Cache):
     ):
         self.recipe = parse(recipe)
         config, layers = check_model(model), layers_of(model)
+        self.others = others(config)
 
         def make(layer: Layer, reach: int | None) -> Callable[[], Plan]:
             if reach is not None:
                 return lambda: Plan(None, 0, None, 1)
             return lambda: self.recipe.plan(layer)
 
-        super().__init__(layers=[LayerKV(make(layer, reach), reach, eager) for layer, reach in layers])
+        both, every = states(config), dict(self.others)
+        for i, (layer, reach) in zip(layer_kinds(config), layers, strict=True):
+            how = make(layer, reach), reach, eager
+            every[i] = StatefulKV(both[i], *how) if i in both else LayerKV(*how)
+        super().__init__(layers=[every[i] for i in sorted(every)])
+        self.layers_here: list[LayerKV] = [layer for layer in self.layers if isinstance(layer, LayerKV)]
         self.config = weakref.ref(config)
         self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
         for layer in self.layers_here:
             layer.config = self.config
         soft = next((layer.plan.soft for layer in self.layers_here if layer.plan.soft is not None), None)
         if soft is not None:
+            check_plain(model, f"{self.recipe}: soft tokens")  # a state would remember them
             install(model, soft)
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.steps = Steps(self, model, graph, compile) if graph or compile else None
-
-    @property
-    def layers_here(self) -> list[LayerKV]:
-        return self.layers  # type: ignore[return-value]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # what the compiled step does with them: `compiled._attend`
@@ -96,6 +111,9 @@ class KVCache(Cache):
             raise ValueError("cannot tell where the prompt ends in this transformers version's assisted decoding")
         for layer in self.layers_here:
             layer.activate_past_recording(end)
+        for other in self.others.values():
+            if hasattr(other, "activate_past_recording"):
+                other.activate_past_recording()
 
     def deactivate_past_recording(self) -> None:
         """The end of it: nothing recorded can be undone any more."""
@@ -113,7 +131,7 @@ class KVCache(Cache):
         statistics included. Compresses a waiting prompt first. Where several processes share a model, this and the
         other counts are those of this process: its heads, or its layers."""
         self.compress()
-        return held_bytes([(layer.state, layer.undo) for layer in self.layers_here])
+        return held_bytes([(layer.state, layer.undo) for layer in self.layers_here]) + self._beside_nbytes
 
     @property
     def host_nbytes(self) -> int:
@@ -124,13 +142,26 @@ class KVCache(Cache):
     @property
     def full_nbytes(self) -> int:
         """Bytes an uncompressed cache would hold for the same tokens (sliding layers: their window)."""
-        total = 0
+        total = self._beside_nbytes
         for layer in self.layers_here:
             s = layer.state
             if s.context is not None:
                 columns = s.seen if layer.reach is None else min(s.seen, layer.reach)
                 total += layer.column_bytes * len(s.context) * columns
         return total
+
+    @property
+    def _beside_nbytes(self) -> int:
+        return held_bytes([state_of(layer) for layer in self.layers])
+
+    def states(self) -> list[State]:
+        """Copies of what layers keep beside keys and values."""
+        return [copied(state_of(layer)) for layer in self.layers]
+
+    def put_states(self, states: list[State]) -> None:
+        """states: of `states`, which stay as they are."""
+        for layer, state in zip(self.layers, states, strict=True):
+            vars(layer).update(copied(state))
 
     @property
     def recompute_rate(self) -> float:
@@ -159,31 +190,42 @@ class KVCache(Cache):
         ]
         if self.steps is not None:
             lines.append(f"  {self.steps.describe()}")
-        for i, layer in enumerate(self.layers_here):
+        for i, layer in enumerate(self.layers):
+            beside = f"{held_bytes(state_of(layer)):,} bytes of a state"
+            if not isinstance(layer, LayerKV):
+                lines.append(f"  layer {i}: no keys and values; {beside}")
+                continue
             elsewhere = layer.state.context is None and self.get_seq_length() > 0  # pipeline parallelism
             what = "in another process" if elsewhere else layer.describe()
+            if isinstance(layer, StatefulKV):
+                what += f", and {beside}"
             lines.append(f"  layer {i}: {what}; {held_bytes(layer.state):,} bytes")
         return "\n".join(lines)
 
 
 def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
-    """Per layer of the model: what a method is told about it, and how far back it sees where that is bounded. Bounded
-    layers are not compressed; their index is -1. Raises ValueError for a model that cannot work."""
+    """Per layer of the model with keys and values: what a method is told about it, and how far back it sees where that
+    is bounded. Bounded layers are not compressed; their index is -1. Raises ValueError for a model that cannot work."""
     config = check_model(model)
     kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
-    whole = [i for i, reach in enumerate(kinds) if reach is None]
-    q_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    if kv_heads % heads.size:
-        raise ValueError(
-            f"{kv_heads} kv heads cannot be spread evenly over {heads.size} processes: "
-            "choose a tensor parallel size that divides them"
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    whole = [i for i, reach in kinds.items() if reach is None]
+    shapes = heads_of(config)
+    for _, kv_heads, _ in (shapes[i] for i in kinds):
+        if kv_heads % heads.size:
+            raise ValueError(
+                f"{kv_heads} kv heads cannot be spread evenly over {heads.size} processes: "
+                "choose a tensor parallel size that divides them"
+            )
     index = {i: at for at, i in enumerate(whole)}
     modules = attention_modules(model) if heads.size == 1 else {}
-    same = len(whole), q_heads, kv_heads, head_dim, rope, heads, 0, config.model_type
-    return [(Layer(index.get(i, -1), *same, sample=key_sample(modules.get(i))), reach) for i, reach in enumerate(kinds)]
+    return [
+        (
+            Layer(index.get(i, -1), len(whole), *shapes[i], rope, heads, 0, config.model_type,
+                  sample=key_sample(modules.get(i))),
+            reach,
+        )
+        for i, reach in kinds.items()
+    ]  # fmt: skip
 
 
 def _prompt_end(frame: FrameType | None) -> int | None:

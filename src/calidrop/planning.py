@@ -21,6 +21,7 @@ from calidrop.memory import Room, megabytes, room
 from calidrop.parts import Part, check_int
 from calidrop.recipe import Recipe, parse
 from calidrop.skeleton import skeleton
+from calidrop.support import check_alike, others
 
 Progress = Callable[[str, int, int], None]
 """(recipe, done, total)"""
@@ -120,6 +121,7 @@ def plan(
     check_int("batch", batch, 1)
     model: Any = model_or_config if isinstance(model_or_config, nn.Module) else skeleton(model_or_config)
     layers, config = layers_of(model), model.config.get_text_config(decoder=True)
+    check_alike(config, "a plan")
     dtype = dtype or _dtype(model_or_config)
     space = room(getattr(model, "device", None), memory, host_memory)
     notes = _about(config, context)
@@ -208,7 +210,9 @@ def _dtype(model_or_config: Any) -> torch.dtype:
 
 
 def _about(config: Any, context: int) -> list[str]:
-    most = getattr(config, "max_position_embeddings", None)
+    most, notes = getattr(config, "max_position_embeddings", None), []
     if isinstance(most, int) and context > most:
-        return [f"context {context} is beyond the {most} positions the model was made for"]
-    return []
+        notes.append(f"context {context} is beyond the {most} positions the model was made for")
+    if without := len(others(config)):
+        notes.append(f"{without} layers have no keys and values: what they keep does not grow, and is not counted here")
+    return notes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calidrop.compiled import CompilerError, run_compiled
 from calidrop.plugin import CACHE, using
 from calidrop.steady import RECORDERS, Steady
-from calidrop.support import check_model, in_chunks
+from calidrop.support import check_model, check_plain, in_chunks
 
 if TYPE_CHECKING:
     from calidrop.cache import KVCache
@@ -34,6 +34,7 @@ class Steps:
     def __init__(self, cache: KVCache, model: nn.Module, graph: bool, compile: bool):
         self.cache, self.compile, self.why = cache, compile, ""
         asked = " and ".join(n for n, x in (("graph=True", graph), ("compile=True", compile)) if x)
+        check_plain(model, asked)
         devices = sorted({str(x.device) for x in model.parameters()})
         device = torch.device(devices[0])
         if graph and (len(devices) > 1 or device.type not in RECORDERS):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from calidrop.rope import Rope
 
@@ -18,9 +21,12 @@ REFUSED = {
     "gpt_neo": "its attention does not use transformers' attention interface",
     "diffllama": "it reshapes cached keys and values inside the layer",
     "jetmoe": "it reshapes cached keys and values inside the layer",
+    "minimax": "its linear layers need a cache of a class of their own",
 }
 INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "glm4_moe", "ernie4_5", "llama4_text", "gptj", "helium")
-KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
+BOTH = ("hybrid", "hybrid_sliding")  # which have keys and values, and a state of constant size
+WITHOUT_KEYS = ("linear_attention", "conv", "moe", "mlp")  # what they keep, if anything, does not grow
 
 
 def check_model(model: Any) -> Any:
@@ -36,21 +42,87 @@ def check_model(model: Any) -> Any:
         reason = "multi-head latent attention caches latents, not keys and values"
     if reason is None and (getattr(text, "num_kv_shared_layers", None) or 0) > 0:
         reason = "its layers share keys and values"
-    if reason is None and not getattr(model, "_supports_attention_backend", False):
+    if reason is None and not _uses_interface(model, text):
         reason = "its attention does not use transformers' attention interface"
     if reason is None:
-        unknown = sorted(set(getattr(text, "layer_types", None) or ()) - set(KNOWN_LAYERS))
+        unknown = sorted(set(getattr(text, "layer_types", None) or ()) - {*KNOWN_LAYERS, *WITHOUT_KEYS})
         if unknown:
             reason = f"it has layers of kind {', '.join(unknown)}"
+        elif not set(_kinds(text)) & set(KNOWN_LAYERS):
+            reason = "none of its layers has keys and values"
+        elif any(isinstance(layer, CacheLayerMixin) for layer in others(text).values()):
+            reason = "this version of transformers keeps its layers without keys and values in a cache of its own"
     if reason is not None:
         raise ValueError(f"{type(model).__name__} ({text.model_type}) is not supported: {reason}")
     return text
 
 
-def layer_kinds(config: Any) -> list[int | None]:
-    """Per layer: None where attention reaches back without bound, else how many tokens it reaches."""
+def _uses_interface(model: Any, text: Any) -> bool:
+    """Whether attention goes through transformers' interface. Most hybrid models do not say, so what they are made of
+    is asked; should it be wrong, `plugin.Handle` raises where keys are touched."""
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    made_in = {type(module).__module__ for module in model.modules()}
+    known = any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in made_in)
+    return known and not plain(text)
+
+
+def others(config: Any) -> dict[int, Any]:
+    """Layers without keys and values, by their index: what transformers keeps of them, which does not grow."""
+    found = [i for i, kind in enumerate(_kinds(config)) if kind in WITHOUT_KEYS]
+    made = DynamicCache(config=config).layers if found else []
+    return {i: made[i] for i in found}
+
+
+def states(config: Any) -> dict[int, int]:
+    """Layers with keys and values that keep a state of constant size too, by their index: how many parts it has."""
+    many = getattr(config, "number_of_conv_states", 1)
+    return {i: many for i, kind in enumerate(_kinds(config)) if kind in BOTH}
+
+
+def plain(config: Any) -> bool:
+    """Whether its layers keep keys and values and nothing else."""
+    return not set(_kinds(config)) & {*WITHOUT_KEYS, *BOTH}
+
+
+def check_plain(model: Any, what: str) -> None:
+    """Raises ValueError for what is not there for other models."""
+    text = check_model(model)
+    if not plain(text):
+        kinds = sorted(set(_kinds(text)) & {*WITHOUT_KEYS, *BOTH})
+        raise ValueError(
+            f"{what} needs layers with keys and values and nothing else; {type(model).__name__} ({text.model_type}) "
+            f"has layers of kind {', '.join(kinds)}"
+        )
+
+
+def layer_kinds(config: Any) -> dict[int, int | None]:
+    """Layers with keys and values, by their index: None where attention reaches back without bound, else how many
+    tokens it reaches."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in _kinds(config)]
+    reach = {"sliding_attention": window, "hybrid_sliding": window, "chunked_attention": chunk}
+    return {i: reach.get(kind) for i, kind in enumerate(_kinds(config)) if kind not in WITHOUT_KEYS}
+
+
+def heads_of(config: Any) -> list[tuple[int, int, int]]:
+    """Per layer: query heads, kv heads and head dim."""
+    n = config.num_hidden_layers
+    own = getattr(config, "per_layer_config", None) or [config] * n  # what may differ is not said of all together
+    found = []
+    for x in own:
+        q_heads = x.num_attention_heads
+        kv_heads = getattr(x, "num_key_value_heads", None) or q_heads
+        found.append((q_heads, kv_heads, getattr(x, "head_dim", None) or x.hidden_size // q_heads))
+    return found
+
+
+def check_alike(config: Any, what: str) -> None:
+    """Raises ValueError where layers with keys and values differ in their heads."""
+    heads = heads_of(config)
+    shapes = sorted({heads[i][1:] for i in layer_kinds(config)})
+    if len(shapes) > 1:
+        told = ", ".join(f"{n} kv heads of {dim}" for n, dim in shapes)
+        raise ValueError(f"{what} needs layers of one shape; those of {config.model_type} have {told}")
 
 
 def in_chunks(config: Any) -> bool:

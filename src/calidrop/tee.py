@@ -22,6 +22,7 @@ from calidrop.cache import KVCache
 from calidrop.compare import now
 from calidrop.layer import LayerKV
 from calidrop.plugin import Handle, PositionMask, asked, using
+from calidrop.support import check_plain
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def prefill(
     how the prompt is run (`Recipe.alone`)."""
     if not caches:
         raise ValueError("no caches to fill")
+    check_plain(model, "a prefill for several caches")
     for cache in caches:
         if cache.config() is not caches[0].config():
             raise ValueError("these caches were built for different models")

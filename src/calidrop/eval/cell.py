@@ -17,7 +17,7 @@ from calidrop.eval.encode import encode, until
 from calidrop.eval.rows import Row, empty
 from calidrop.eval.sample import Sample
 from calidrop.eval.score import METRICS, score
-from calidrop.eval.subject import Band, end_tokens, fill, groups
+from calidrop.eval.subject import Band, end_tokens, fill, groups, together
 from calidrop.eval.versions import versions
 
 FULL = "full"
@@ -65,7 +65,7 @@ def measure(model: Any, tokenizer: Any, job: Job) -> Iterator[Row]:
     """A row for each of the job's recipes, as soon as it is there; one with an error for those that fail."""
     ids = encode(tokenizer, job.sample, job.question)
     prompt, later, gold = (torch.tensor(x, dtype=torch.long, device=model.device) for x in ids)
-    queue = groups([FULL, *(r for r in job.keys if r != FULL)], job.together)
+    queue = groups([FULL, *(r for r in job.keys if r != FULL)], together(model, job.together))
     full: Run | None = None
     while queue:
         names = queue.pop(0)

@@ -24,5 +24,5 @@ def check_peer(name: str, model: Any) -> None:
     """Raises ValueError for a name that is none, or a model that it cannot work with."""
     if name not in PEERS:
         raise ValueError(f"unknown cache {name!r}; known: {', '.join(PEERS)}")
-    if "Quantized" in name and any(layer_kinds(model.config.get_text_config(decoder=True))):
+    if "Quantized" in name and any(layer_kinds(model.config.get_text_config(decoder=True)).values()):
         raise ValueError(f"{name} refuses models with sliding-window layers ({model.config.model_type})")

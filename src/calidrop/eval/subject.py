@@ -20,6 +20,7 @@ from calidrop.eval.peers import PEERS, is_peer
 from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
+from calidrop.support import check_model, plain
 
 BLOCK = 32  # tokens of one recorded pass: every step's state is kept until its end
 
@@ -63,13 +64,17 @@ class Ours(Subject):
         self.cache = cache
 
     def saved(self) -> Any:
-        return [layer.state.fork() for layer in self.cache.layers_here]
+        return [layer.state.fork() for layer in self.cache.layers_here], self.cache.states()
 
     def restore(self, saved: Any) -> None:
-        for layer, state in zip(self.cache.layers_here, saved, strict=True):
+        forks, states = saved
+        for layer, state in zip(self.cache.layers_here, forks, strict=True):
             layer.state = state.fork()  # writes behind what was saved, over what the last one wrote
+        self.cache.put_states(states)
 
     def feed(self, ids: Tensor) -> Tensor:
+        if not plain(self.cache.config()):  # what other layers keep does not know of recorded passes
+            return torch.stack([self.step(int(token)) for token in ids])
         return feed(self.model, self.cache, [self.cache], ids)[0]
 
     def step(self, token: int) -> Tensor:
@@ -165,10 +170,15 @@ def fill(model: Any, names: Sequence[str], ids: Tensor) -> list[Subject]:
         with _sdpa(model):
             return [Peer(cache, model, *_alone(model, cache, ids))]
     caches = [KVCache(model, name, eager=True) for name in names]
-    if len(caches) == 1 and caches[0].recipe.alone:
+    if len(caches) == 1 and (caches[0].recipe.alone or not plain(caches[0].config())):
         return [Ours(caches[0], model, *_alone(model, caches[0], ids))]
     filled = tee.prefill(model, caches, ids)
     return [Ours(cache, model, filled.logits[0], s) for cache, s in zip(caches, filled.seconds, strict=True)]
+
+
+def together(model: Any, most: int) -> int:
+    """How many recipes can share a prompt, of so many."""
+    return most if plain(check_model(model)) else 1
 
 
 def groups(names: Sequence[str], most: int) -> list[list[str]]:

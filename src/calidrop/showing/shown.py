@@ -14,12 +14,13 @@ from torch import Tensor
 
 from calidrop.cache import KVCache
 from calidrop.compare import Progress
-from calidrop.eval.subject import Ours, end_tokens, fill, groups
+from calidrop.eval.subject import Ours, end_tokens, fill, groups, together
 from calidrop.holding import FORMS, Form, places
 from calidrop.pages import render
 from calidrop.parts import Part, check_int
 from calidrop.recipe import Recipe, parse
 from calidrop.showing.pieces import Piece, beginning, written
+from calidrop.support import check_alike, check_model
 
 TOGETHER = 8  # recipes that share a prefill at most: all their caches are there at once
 
@@ -95,6 +96,7 @@ def show(
     Recipes that can, share one prefill. Raises ValueError before any work for a text that is too short or empty and for
     a recipe that makes no sense or does not fit the model.
     """
+    check_alike(check_model(model), "show")
     check_int("generate", generate, 0)
     ids, pieces = beginning(tokenizer, text, context)
     if recipes is not None and (isinstance(recipes, str) or not recipes):
@@ -103,9 +105,9 @@ def show(
     for name in names:
         KVCache(model, name)  # for its errors
     prompt, found = torch.tensor(ids, device=model.device), {}
-    for together in groups(names, TOGETHER):
-        filled = fill(model, together, prompt)
-        for name in together:
+    for some in groups(names, together(model, TOGETHER)):
+        filled = fill(model, some, prompt)
+        for name in some:
             subject = filled.pop(0)  # its memory is free before the next one goes on
             assert isinstance(subject, Ours)
             made = _go_on(subject, generate)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from calidrop.cache import layers_of
 from calidrop.plugin import ATTENTION, using
+from calidrop.support import check_plain
 
 
 class Sample:
@@ -36,6 +37,7 @@ class Frozen:
     """A model whose weights are frozen while in use, and what is asked of it. whole: the layers that are compressed."""
 
     def __init__(self, model: Any):
+        check_plain(model, "judge_q")
         described = layers_of(model)
         self.model, self.decoder = model, model.get_decoder()
         self.whole = [i for i, (_, reach) in enumerate(described) if reach is None]

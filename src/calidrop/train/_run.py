@@ -15,7 +15,7 @@ from calidrop.methods._artefact import facts, key_samples
 from calidrop.methods._latents import Basis
 from calidrop.plugin import using
 from calidrop.rope import Rope
-from calidrop.support import attention_modules, check_model
+from calidrop.support import attention_modules, check_model, check_plain
 
 Call = dict[str, Any]
 """The arguments of a layer but its hidden states."""
@@ -33,6 +33,7 @@ class Run:
 
     def __init__(self, model: Any, ids: Tensor):
         self.model, self.ids, self.config = model, ids, check_model(model)
+        check_plain(model, "recalkv")
         name, described = type(model).__name__, layers_of(model)
         self.whole = [i for i, (_, reach) in enumerate(described) if reach is None]
         if not self.whole:

@@ -25,7 +25,7 @@ from calidrop.layer import LayerKV
 from calidrop.parts import Evictor, Layer, Plan
 from calidrop.plugin import ATTENTION, Handle, PositionMask, using
 from calidrop.recipe import Recipe, parse
-from calidrop.support import check_model
+from calidrop.support import check_model, check_plain
 
 
 def check_sparse(recipe: Any) -> Recipe:
@@ -56,7 +56,7 @@ class Trace(LogitsProcessor):
     """Given to `generate` with a cache: notes what every layer holds after every compression."""
 
     def __init__(self, cache: KVCache):
-        self.layers: list[LayerKV] = [layer for layer in cache.layers if layer.reach is None]  # type: ignore[union-attr]
+        self.layers: list[LayerKV] = [layer for layer in cache.layers_here if layer.reach is None]
         self.noted: list[list[Tensor]] = [[] for _ in self.layers]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -154,6 +154,7 @@ class SparseCache(Cache):
     """
 
     def __init__(self, model: nn.Module, recipe: Any, prompt: int, live: Tensor | None = None):
+        check_plain(model, "training on what a recipe leaves")
         whole, config, layers = check_sparse(recipe), check_model(model), []
         for layer, reach in layers_of(model):
             noted = None if live is None or reach is not None else live[:, :, layer.index]

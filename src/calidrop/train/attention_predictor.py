@@ -85,7 +85,7 @@ def rows_of(model: Any, ids: Tensor, n: int, block: int) -> Tensor:
     """What the last n tokens of `ids` [length] pay each block of it: fp32 [layers*H,n,length/block]. One pass."""
     cache = KVCache(model, Recipe((_Probe(recent=0, every=None, observe=n, block=block),)), eager=True)
     model(ids[None].to(model.device), **using(cache), use_cache=True, logits_to_keep=1)
-    stores = (layer.state.store for layer in cache.layers)  # type: ignore[attr-defined]
+    stores = (layer.state.store for layer in cache.layers_here)
     return torch.cat([store.rows[0].cpu() for store in stores if isinstance(store, _Rows) and store.rows is not None])
 
 

@@ -1,0 +1,220 @@
+"""Models some layers of which have no keys and values: linear attention, convolutions, experts alone."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import calidrop
+from calidrop import tee
+from calidrop.eval.subject import fill, together
+from calidrop.planning import plan
+from calidrop.plugin import using
+from calidrop.state import held_bytes
+from calidrop.stateful import state_of
+from calidrop.support import check_plain, others
+from helpers import kernels
+from tiny import COMMON, batch, generate, row, soft, tiny, worst
+
+KINDS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": KINDS, "num_hidden_layers": 4,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16, "num_hidden_layers": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = {
+    "qwen3_next": DELTA | EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA,
+    "olmo_hybrid": DELTA | {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "head_dim": 8},
+    "granitemoehybrid": MAMBA | {"layer_types": KINDS, "shared_intermediate_size": 64, "num_local_experts": 2},
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "jamba": EXPERTS
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "num_hidden_layers": 4, "head_dim": 8,
+       "use_mamba_kernels": False},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16, "mamba_d_ssm": 64, "head_dim": 8},
+    "zamba2": MAMBA | {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+                       "n_mamba_heads": 4, "chunk_size": 16, "use_mem_rope": True, "use_mamba_kernels": False},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe", "full_attention"],
+        "num_hidden_layers": 5, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2,
+        "chunk_size": 16, "n_routed_experts": 4, "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32, "use_mamba_kernels": False,
+    },
+}  # fmt: skip
+RECIPES = [
+    "snapkv(budget=24, recent=8, every=8)",
+    "adakv(budget=24, recent=8)+calidrop(recompute=0.3)",
+    "kivi(bits=4, group=8, residual=16)",
+    "h2o(budget=20)+int8",
+]
+
+
+def limit(recipe: str) -> float:
+    """Where a linear layer's chunks begin changes its rounding, which may flip a code behind it."""
+    return 5e-3 if "int8" in recipe or "kivi" in recipe else 5e-4
+
+
+def hybrid(family: str, **changes) -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return hybrid("qwen3_next")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_equals_dynamic_cache(family):
+    model, inputs = hybrid(family), batch()
+    model.set_attn_implementation("sdpa")
+    tokens, logits = generate(model, inputs, DynamicCache(config=model.config))
+    ours, our_logits = generate(model, inputs, calidrop.KVCache(model))
+    assert worst(logits, our_logits) < 2e-4
+    assert torch.equal(tokens, ours)
+    plain, plain_logits = generate(model, inputs, DynamicCache(config=model.config))  # under our attention
+    assert worst(logits, plain_logits) < 2e-4 and torch.equal(tokens, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_with_keys_are_compressed_and_bytes_are_all_there(family):
+    model, inputs = hybrid(family), batch()
+    always = calidrop.KVCache(model, "snapkv(budget=24, recent=8)+calidrop(recompute=2)")
+    full = calidrop.KVCache(model)
+    tokens, logits = generate(model, inputs, always)
+    want, full_logits = generate(model, inputs, full)
+    assert torch.equal(tokens, want) and worst(logits, full_logits) < 2e-4  # recomputing always is full attention
+    plain = DynamicCache(config=model.config)
+    generate(model, inputs, plain)
+    assert [type(plain.layers[i]) for i in always.others] == [type(x) for x in always.others.values()]
+    states = held_bytes([state_of(layer) for layer in plain.layers])
+    assert states > 0
+    assert full.full_nbytes == always.full_nbytes == held_bytes([vars(layer) for layer in plain.layers])
+    keys = sum(held_bytes(layer.state) for layer in always.layers_here)
+    assert always.nbytes == states + keys < full.nbytes
+    assert sorted([*always.others, *(i for i, x in enumerate(always.layers) if x in always.layers_here)]) == [
+        *range(model.config.num_hidden_layers)
+    ]
+    lines = always.describe().splitlines()[1:]
+    assert len(lines) == model.config.num_hidden_layers
+    assert ["no keys and values" in line for line in lines] == [i in always.others for i in range(len(lines))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "nemotron_h"])
+def test_padded_row_equals_row_alone(family, recipe, monkeypatch):
+    model, inputs = hybrid(family), batch(3, 61, (0, 13, 50))
+    with kernels(monkeypatch, "torch"):
+        tokens, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
+        for i in range(3):
+            alone, alone_logits = generate(model, row(inputs, i), calidrop.KVCache(model, recipe))
+            assert worst(logits[i : i + 1], alone_logits) < limit(recipe), f"row {i}"
+            assert torch.equal(tokens[i : i + 1], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_beams_score_as_the_same_tokens_one_by_one(model, recipe):
+    ids = batch(1, 45, (0,))["input_ids"]
+    out = model.generate(
+        ids, **using(calidrop.KVCache(model, recipe)), num_beams=3, max_new_tokens=12, do_sample=False,
+        length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
+    )  # fmt: skip
+    tokens, cache = out.sequences[:, 45:], calidrop.KVCache(model, recipe)
+    logits = [model(ids, **using(cache)).logits[:, -1]]
+    logits += [model(tokens[:, i : i + 1], **using(cache)).logits[:, -1] for i in range(11)]
+    score = torch.stack(logits, 1).log_softmax(-1).gather(2, tokens[..., None]).sum()
+    assert worst(score, out.sequences_scores) < 1e-3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_chunks_and_a_second_turn(model, recipe):
+    inputs = batch(1, 61, (0,))
+    want, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
+    cache = calidrop.KVCache(model, recipe)
+    got, in_chunks = generate(model, inputs, cache, prefill_chunk_size=20)
+    assert torch.equal(want, got) and worst(logits, in_chunks) < limit(recipe)
+    more = torch.cat([inputs["input_ids"], got, batch(1, 30, (0,), 5)["input_ids"]], 1)
+    turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    told, _ = generate(model, turn, cache, new=8)
+    assert told.shape == (1, 8) and cache.get_seq_length() == more.shape[1] + 7
+
+
+def test_full_goes_on_as_a_dynamic_cache_does(model):
+    inputs, plain, ours = batch(1, 61, (0,)), DynamicCache(config=model.config), calidrop.KVCache(model)
+    for cache in (plain, ours):
+        generate(model, inputs, cache, new=5)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[5, 6, 7, 8, 9, 10, 11]])], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (a, x), (b, y) = (generate(model, turn, cache, new=8) for cache in (plain, ours))
+    assert torch.equal(a, b) and worst(x, y) < 2e-4
+
+
+def test_layers_are_counted_among_those_with_keys(model):
+    cache = calidrop.KVCache(model, "pyramidkv(budget=24, recent=8, beta=4)")
+    generate(model, batch(1, 61, (0,)), cache, new=2)
+    held = [layer.state.store.kept.held.longest for layer in cache.layers_here]
+    assert len(held) == 2 and held[0] > held[1]
+
+
+def test_speculation_is_transformers_business():
+    """Convolutions can go back; a recurrent state cannot, and transformers says so."""
+    motif = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    inputs, recipe = {"input_ids": motif, "attention_mask": torch.ones_like(motif)}, RECIPES[0]
+    model = hybrid("lfm2")
+    plain, _ = generate(model, inputs, calidrop.KVCache(model, recipe), new=32)
+    got, _ = generate(
+        model, inputs, calidrop.KVCache(model, recipe), new=32, prompt_lookup_num_tokens=4, output_logits=False
+    )
+    assert torch.equal(plain, got)
+    model = hybrid("qwen3_next")
+    with pytest.raises(ValueError, match="stateful"):
+        generate(model, inputs, calidrop.KVCache(model, recipe), prompt_lookup_num_tokens=4, output_logits=False)
+
+
+def test_what_needs_keys_in_every_layer_says_so(model):
+    said = r"qwen3_next\) has layers of kind linear_attention"
+    for make in (
+        lambda: calidrop.KVCache(model, compile=True),
+        lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
+        lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
+    check_plain(tiny(), "this")
+    assert not others(tiny().config)
+
+
+def test_a_plan_says_what_it_does_not_count(model):
+    advice = plan(model.config, context=512, memory="1GiB", recipes=["full", "snapkv(budget=64)+int4"])
+    assert any("2 layers have no keys and values" in note for note in advice.notes)
+    full = next(x for x in advice.options if x.recipe == "full")
+    assert full.device_bytes > 2 * 512 * 2 * 2 * 16 * 2
+
+
+def test_models_without_any_keys_are_refused():
+    config = transformers.AutoConfig.for_model("bamba", **{**COMMON, **FAMILIES["bamba"], "attn_layer_indices": []})
+    with pytest.raises(ValueError, match=r"bamba.*none of its layers has keys and values"):
+        calidrop.KVCache(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
+def test_a_cache_under_examination_goes_back(family):
+    """As `calidrop eval` asks it: the same tokens twice, from what was saved."""
+    model, ids = hybrid(family), batch(1, 61, (0,))["input_ids"][0]
+    for name in ("full", RECIPES[0]):
+        (subject,) = fill(model, [name], ids)
+        saved = subject.saved()
+        with torch.no_grad():
+            once = subject.feed(ids[:9])
+            subject.restore(saved)
+            assert torch.equal(once, subject.feed(ids[:9]))
+            if name == "full":
+                plain = DynamicCache(config=model.config)
+                model(ids[None], **using(plain))
+                want = torch.cat([model(x.view(1, 1), **using(plain)).logits[:, -1] for x in ids[:9]])
+                assert worst(once, want) < 2e-4
+    assert together(model, 8) == 1 and together(tiny(), 8) == 8
