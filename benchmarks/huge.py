@@ -1,6 +1,6 @@
 """What huge pages are worth: the same decode attention, and a model's linear layers, in pages of 4 kB and of 2 MB.
 
-python -m benchmarks.huge [--tokens 4096] [--dtype bfloat16] [--rounds 40] [--threads 2]
+python -m benchmarks.huge [--tokens 4096] [--model M] [--dtype bfloat16] [--rounds 40] [--threads 2]
 
 In turn in one process on cold caches, medians. Linear layers are those of the embedded model for one row, loaded in a
 dtype that its file is not in (what is mapped from a file stays as it is).
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -31,10 +32,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def attention(tokens: int, rounds: int) -> None:
-    layer, allowed = Layer(0, 1, 32, 8, 128, None, HeadGroup()), huge.there
-    huge.there = lambda: False  # type: ignore[assignment]
-    plain = cases(layer, tokens)
-    huge.there = allowed
+    layer = Layer(0, 1, 32, 8, 128, None, HeadGroup())
+    with patch.object(huge, "there", lambda: False):
+        plain = cases(layer, tokens)
     large = cases(layer, tokens)
     print(f"{tokens:,} tokens, 8 kv heads of 128       us, 4 kB  us, 2 MB  ratio")
     for name in FORMATS:
@@ -47,11 +47,9 @@ def attention(tokens: int, rounds: int) -> None:
         print(f"{name:34} {a:10.0f} {b:9.0f} {b / a:6.2f}")
 
 
-def linear(dtype: str, rounds: int) -> None:
-    allowed = huge.there
-    huge.there = lambda: False  # type: ignore[assignment]
-    model, _ = calidrop.load(dtype=dtype)
-    huge.there = allowed
+def linear(name: str | None, dtype: str, rounds: int) -> None:
+    with patch.object(huge, "there", lambda: False):
+        model, _ = calidrop.load(*([name] if name else []), dtype=dtype)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     rows = [torch.randn(1, 1, m.in_features, dtype=m.weight.dtype) for m in layers]
 
@@ -71,6 +69,7 @@ def linear(dtype: str, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--model", help="a folder or hub id; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
@@ -80,7 +79,7 @@ def main() -> None:
     if not huge.there():
         raise SystemExit("this system gives programs no huge pages")
     attention(args.tokens, args.rounds)
-    linear(args.dtype, args.rounds)
+    linear(args.model, args.dtype, args.rounds)
 
 
 if __name__ == "__main__":

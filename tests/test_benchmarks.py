@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks import decode, linear, prefill
+from benchmarks import decode, huge, linear, prefill
 
 import calidrop.linear
 from test_cli import tiny  # noqa: F401 (a fixture)
@@ -130,3 +130,10 @@ def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811
     plain, ours = json.loads(out.read_text())["rows"]
     assert ours["cache"] == "snapkv(budget=40)"
     assert ours["over_plain"] == pytest.approx(ours["best_s"] / plain["best_s"] - 1)
+
+
+def test_huge(tiny, capsys):  # noqa: F811
+    huge.linear(tiny, "bfloat16", 2)
+    row, moved = capsys.readouterr().out.splitlines()
+    before, after, _ = map(float, row.split()[-3:])
+    assert before > 0 and after > 0 and "MB of weights were moved" in moved

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 import calidrop
-from calidrop import linear
+from calidrop import huge, linear
 from calidrop.linear import Linear, fast_linear
 from calidrop.models import load
 from calidrop.ops import build, cpu
@@ -262,6 +262,17 @@ def test_only_where_it_was_measured(
         assert (type(fast_linear(nn.Sequential(nn.Linear(2, 2)))[0]) is Linear) is swaps
     finally:
         linear.onednn_leads.cache_clear()
+
+
+def test_weights_are_moved_to_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "helps", lambda: True)
+    model, moved = tiny(), []
+    monkeypatch.setattr(huge, "moved", lambda held: moved.extend(held))
+    fast_linear(model)
+    assert {id(x) for x in moved} == {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    del moved[:]
+    fast_linear(model, False)
+    assert not moved
 
 
 def test_load_gives_such_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
 from calidrop.soft import install
 from calidrop.state import held_bytes
-from calidrop.stateful import State, StatefulKV, copied, state_of
+from calidrop.stateful import State, StatefulKV, changed, state_of
 from calidrop.steps import Steps
 from calidrop.support import (
     attention_modules,
@@ -120,6 +120,16 @@ class KVCache(Cache):
         for layer in self.layers_here:
             layer.record_past, layer.undo = False, []
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers_here:
+            layer.batch_repeat_interleave(repeats)
+        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers_here:
+            layer.batch_select_indices(indices)
+        self._rows(lambda x: x[indices.to(x.device)])
+
     def compress(self) -> None:
         """Compress a prompt that is waiting now instead of at the next generated token."""
         for layer in self.layers_here:
@@ -156,12 +166,16 @@ class KVCache(Cache):
 
     def states(self) -> list[State]:
         """Copies of what layers keep beside keys and values."""
-        return [copied(state_of(layer)) for layer in self.layers]
+        return [changed(state_of(layer), Tensor.clone) for layer in self.layers]
 
     def put_states(self, states: list[State]) -> None:
         """states: of `states`, which stay as they are."""
         for layer, state in zip(self.layers, states, strict=True):
-            vars(layer).update(copied(state))
+            vars(layer).update(changed(state, Tensor.clone))
+
+    def _rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            vars(layer).update(changed(state_of(layer), fn))
 
     @property
     def recompute_rate(self) -> float:

@@ -23,10 +23,9 @@ def state_of(layer: Any) -> State:
     return {name: vars(layer)[name] for name in PARTS if name in vars(layer)}
 
 
-def copied(state: State) -> State:
-    return {
-        name: {i: x.clone() if isinstance(x, Tensor) else x for i, x in parts.items()} for name, parts in state.items()
-    }
+def changed(state: State, fn: Callable[[Tensor], Tensor]) -> State:
+    """With `fn` of every tensor."""
+    return {name: {i: fn(x) if isinstance(x, Tensor) else x for i, x in parts.items()} for name, parts in state.items()}
 
 
 class StatefulKV(LinearAttentionLayer, LayerKV):
