@@ -12,9 +12,12 @@ from calidrop.planning import plan
 from calidrop.plugin import using
 from calidrop.state import held_bytes
 from calidrop.stateful import state_of
-from calidrop.support import check_plain, others
+from calidrop.support import HYBRIDS, check_plain, others
 from helpers import kernels
 from tiny import COMMON, batch, generate, row, soft, tiny, worst
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
+    pytest.skip("an older transformers", allow_module_level=True)
 
 KINDS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 DELTA = {
@@ -214,6 +217,13 @@ def test_a_plan_says_what_it_does_not_count(model):
     assert any("2 layers have no keys and values" in note for note in advice.notes)
     full = next(x for x in advice.options if x.recipe == "full")
     assert full.device_bytes > 2 * 512 * 2 * 2 * 16 * 2
+
+
+def test_older_versions_of_transformers_are_refused(model, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    with pytest.raises(ValueError, match=r"need transformers 5\.17, got 5\.16\.1"):
+        calidrop.KVCache(model)
+    calidrop.KVCache(tiny())
 
 
 def test_models_without_any_keys_are_refused():

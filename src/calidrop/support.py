@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
 
 from calidrop.rope import Rope
 
@@ -25,6 +25,7 @@ REFUSED = {
 }
 INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "glm4_moe", "ernie4_5", "llama4_text", "gptj", "helium")
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
+HYBRIDS = 5, 17  # the first version of transformers with which the others of these are tested
 BOTH = ("hybrid", "hybrid_sliding")  # which have keys and values, and a state of constant size
 WITHOUT_KEYS = ("linear_attention", "conv", "moe", "mlp")  # what they keep, if anything, does not grow
 
@@ -50,8 +51,9 @@ def check_model(model: Any) -> Any:
             reason = f"it has layers of kind {', '.join(unknown)}"
         elif not set(_kinds(text)) & set(KNOWN_LAYERS):
             reason = "none of its layers has keys and values"
-        elif any(isinstance(layer, CacheLayerMixin) for layer in others(text).values()):
-            reason = "this version of transformers keeps its layers without keys and values in a cache of its own"
+        elif not plain(text) and tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
+            least = ".".join(map(str, HYBRIDS))
+            reason = f"layers of its kinds need transformers {least}, got {transformers.__version__}"
     if reason is not None:
         raise ValueError(f"{type(model).__name__} ({text.model_type}) is not supported: {reason}")
     return text
