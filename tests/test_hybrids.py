@@ -1,5 +1,7 @@
 """Models some layers of which have no keys and values: linear attention, convolutions, experts alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -12,7 +14,7 @@ from calidrop.planning import plan
 from calidrop.plugin import using
 from calidrop.state import held_bytes
 from calidrop.stateful import state_of
-from calidrop.support import HYBRIDS, check_plain, others
+from calidrop.support import HYBRIDS, check_plain, layer_kinds, others, plain, states
 from helpers import kernels
 from tiny import COMMON, batch, generate, row, soft, tiny, worst
 
@@ -217,6 +219,12 @@ def test_a_plan_says_what_it_does_not_count(model):
     assert any("2 layers have no keys and values" in note for note in advice.notes)
     full = next(x for x in advice.options if x.recipe == "full")
     assert full.device_bytes > 2 * 512 * 2 * 2 * 16 * 2
+
+
+def test_what_layers_of_each_kind_hold():
+    config = SimpleNamespace(layer_types=["hybrid_sliding", "conv", "hybrid", "sliding_attention"], sliding_window=8)
+    assert layer_kinds(config) == {0: 8, 2: None, 3: 8}
+    assert states(config) == {0: 1, 2: 1} and not plain(config)
 
 
 def test_older_versions_of_transformers_are_refused(model, monkeypatch):
