@@ -8,7 +8,7 @@ import transformers
 from transformers import DynamicCache
 
 import calidrop
-from calidrop import tee
+from calidrop import support, tee
 from calidrop.eval.subject import fill, together
 from calidrop.planning import plan
 from calidrop.plugin import using
@@ -228,7 +228,7 @@ def test_what_layers_of_each_kind_hold():
 
 
 def test_older_versions_of_transformers_are_refused(model, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    monkeypatch.setattr(support.transformers, "__version__", "5.16.1")  # there may be several modules of that name
     with pytest.raises(ValueError, match=r"need transformers 5\.17, got 5\.16\.1"):
         calidrop.KVCache(model)
     calidrop.KVCache(tiny())
