@@ -21,21 +21,41 @@ def memory() -> tuple[int, int]:
     return tuple(int(re.search(rf"^{name}: +(\d+) kB", told, re.M)[1]) for name in ("Rss", "AnonHugePages"))  # type: ignore
 
 
+SLACK = 700  # kB that a process may take or give back meanwhile; a huge page too many would be 1024 below
+
+
+@pytest.fixture
+def free_pages():
+    """Skips what failed where Linux found no huge page free."""
+
+    def fallbacks() -> int:
+        return int(re.search(r"thp_fault_fallback (\d+)", Path("/proc/vmstat").read_text())[1])  # type: ignore[index]
+
+    before = fallbacks()
+
+    def check(found: int, want: int) -> None:
+        if found != want and fallbacks() > before:
+            pytest.skip("no huge page was free")
+        assert found == want
+
+    return check
+
+
 @needs_pages
-def test_pages_are_huge_and_nothing_is_larger():
+def test_pages_are_huge_and_nothing_is_larger(free_pages):
     huge.empty(torch.empty(0), (MEGABYTE,)).fill_(1.0)  # what this needs itself
     memory()
     before = memory()
     x = huge.empty(torch.empty(0), (5 * MEGABYTE // 4 + 5,))  # 5 MB and 20 bytes
-    assert abs(memory()[0] - before[0]) < 100
+    assert abs(memory()[0] - before[0]) < SLACK
     x.fill_(1.0)
     after = memory()
     assert x.data_ptr() % huge.PAGE == 0
     assert x.untyped_storage().nbytes() == x.nbytes == 5 * MEGABYTE + 20
-    assert after[1] - before[1] == 4 * 1024
-    assert 5 * 1024 <= after[0] - before[0] < 5 * 1024 + 100
+    free_pages(after[1] - before[1], 4 * 1024)
+    assert abs(after[0] - before[0] - 5 * 1024) < SLACK
     del x
-    assert memory()[1] == before[1] and abs(memory()[0] - before[0]) < 100
+    assert memory()[1] == before[1] and abs(memory()[0] - before[0]) < SLACK
 
 
 @pytest.mark.parametrize(
@@ -78,7 +98,7 @@ def test_gradients_go_through():
 
 @needs_pages
 @pytest.mark.parametrize("uneven", [False, True])
-def test_what_is_stored_and_what_grows_has_them(uneven):
+def test_what_is_stored_and_what_grows_has_them(uneven, free_pages):
     x = torch.randn(1, 2, 9000, 64)
     keep = torch.rand(1, 2, 9000) > 0.01 if uneven else torch.ones(1, 2, 9000, dtype=torch.bool)
     found = []
@@ -87,7 +107,7 @@ def test_what_is_stored_and_what_grows_has_them(uneven):
         nonlocal before
         assert data is not None
         now = memory()[1]
-        assert now - before == data.nbytes // huge.PAGE * 2048
+        free_pages(now - before, data.nbytes // huge.PAGE * 2048)
         before = now
         found.append(data)
 
@@ -110,13 +130,13 @@ def test_what_lies_there_is_moved_as_it_is():
     whole = torch.empty(17 * MEGABYTE // 4).normal_()
     held = list(whole.split(MEGABYTE // 4))
     want, before = [x.clone() for x in held], memory()
-    n = huge.moved(held)
+    n = huge.moved(held) or huge.moved(held)  # Linux may be busy with a page
     if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 1):
         assert n == 0
         return
     pages = len(range(-(-whole.data_ptr() // huge.PAGE), (whole.data_ptr() + whole.nbytes) // huge.PAGE))
     assert n == pages * huge.PAGE and memory()[1] - before[1] == n // 1024
-    assert abs(memory()[0] - before[0]) < 100
+    assert abs(memory()[0] - before[0]) < SLACK
     assert all(torch.equal(x, y) for x, y in zip(held, want, strict=True))
     assert huge.moved([torch.ones(3), torch.ones(5)]) == 0
 
