@@ -216,7 +216,7 @@ def test_what_needs_keys_in_every_layer_says_so(model):
 
 def test_a_plan_says_what_it_does_not_count(model):
     advice = plan(model.config, context=512, memory="1GiB", recipes=["full", "snapkv(budget=64)+int4"])
-    assert any("2 layers have no keys and values" in note for note in advice.notes)
+    assert any("2 layers keep no keys and values" in note for note in advice.notes)
     full = next(x for x in advice.options if x.recipe == "full")
     assert full.device_bytes > 2 * 512 * 2 * 2 * 16 * 2
 

@@ -32,46 +32,47 @@ def there() -> bool:
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """`like.new_empty(shape)`, with the whole pages of it huge."""
-    size = like.element_size() * math.prod(shape)
-    if size < PAGE or not like.is_cpu or type(like) is not Tensor or not there():
-        return like.new_empty(shape)
-    room = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # takes memory where it is written
-    start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % PAGE
-    room.madvise(mmap.MADV_HUGEPAGE, start, size // PAGE * PAGE)
-    return torch.frombuffer(room, dtype=like.dtype, count=size // like.element_size(), offset=start).view(shape)
+    room = _room(like, shape)
+    return like.new_empty(shape) if room is None else room
 
 
 def copy(x: Tensor) -> Tensor:
     """A contiguous copy."""
-    return empty(x, x.shape).copy_(x) if _holds(x) else x.clone(memory_format=torch.contiguous_format)
+    room = _room(x, x.shape)
+    return x.clone(memory_format=torch.contiguous_format) if room is None else room.copy_(x)
 
 
-def cat(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """As torch.cat, of tensors of one dtype."""
-    first = parts[0]
-    if not all(_holds(x) and x.dtype == first.dtype for x in parts):
-        return torch.cat(list(parts), dim)
-    shape = list(first.shape)
-    shape[dim] = sum(x.shape[dim] for x in parts)
-    return torch.cat(list(parts), dim, out=empty(first, shape))
+def cat(parts: list[Tensor], dim: int) -> Tensor:
+    """As torch.cat."""
+    first, room = parts[0], None
+    if all(x.dtype == first.dtype and not x.requires_grad for x in parts):
+        room = _room(first, (*first.shape[:dim], sum(x.shape[dim] for x in parts), *first.shape[dim + 1 :]))
+    return torch.cat(parts, dim) if room is None else torch.cat(parts, dim, out=room)
 
 
 def gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """As torch.gather."""
-    return torch.gather(x, dim, index, out=empty(x, index.shape)) if _holds(x) else x.gather(dim, index)
+    room = _room(x, index.shape)
+    return x.gather(dim, index) if room is None else torch.gather(x, dim, index, out=room)
 
 
 def marked(x: Tensor, keep: Tensor) -> Tensor:
     """x[keep], contiguous: keep bool, of the first dims of x."""
-    if not _holds(x):
-        return x[keep].contiguous()
-    out = empty(x, (int(keep.sum()), *x.shape[keep.dim() :]))
-    return torch.ops.aten.index.Tensor_out(x, [keep], out=out)
+    room = None
+    if x.is_cpu and x.nbytes >= PAGE:  # else there is nothing to gain, and a device would be waited for
+        room = _room(x, (int(keep.sum()), *x.shape[keep.dim() :]))
+    return x[keep].contiguous() if room is None else torch.ops.aten.index.Tensor_out(x, [keep], out=room)
 
 
-def _holds(x: Tensor) -> bool:
-    """Whether it can be written to memory of ours."""
-    return x.is_cpu and type(x) is Tensor and not x.requires_grad
+def _room(like: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Memory of ours, of the dtype of `like`; None where torch's does as well, or where gradients are to flow."""
+    size = like.element_size() * math.prod(shape)
+    if size < PAGE or not like.is_cpu or type(like) is not Tensor or like.requires_grad or not there():
+        return None
+    room = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # takes memory where it is written
+    start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % PAGE
+    room.madvise(mmap.MADV_HUGEPAGE, start, size // PAGE * PAGE)
+    return torch.frombuffer(room, dtype=like.dtype, count=size // like.element_size(), offset=start).view(shape)
 
 
 def moved(held: Iterable[Tensor]) -> int:
@@ -90,7 +91,7 @@ def moved(held: Iterable[Tensor]) -> int:
             spans.append([start, stop])
     total = 0
     for start, stop in spans:
-        first, size = -(-start // PAGE) * PAGE, stop // PAGE * PAGE - -(-start // PAGE) * PAGE
-        if size > 0 and advise(first, size, COLLAPSE) == 0:
-            total += size
+        first, last = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
+        if last > first and advise(first, last - first, COLLAPSE) == 0:
+            total += last - first
     return total

@@ -21,7 +21,7 @@ from calidrop.memory import Room, megabytes, room
 from calidrop.parts import Part, check_int
 from calidrop.recipe import Recipe, parse
 from calidrop.skeleton import skeleton
-from calidrop.support import check_alike, others
+from calidrop.support import check_alike, stateful
 
 Progress = Callable[[str, int, int], None]
 """(recipe, done, total)"""
@@ -213,6 +213,8 @@ def _about(config: Any, context: int) -> list[str]:
     most, notes = getattr(config, "max_position_embeddings", None), []
     if isinstance(most, int) and context > most:
         notes.append(f"context {context} is beyond the {most} positions the model was made for")
-    if without := len(others(config)):
-        notes.append(f"{without} layers have no keys and values: what they keep does not grow, and is not counted here")
+    if many := len(stateful(config)):
+        notes.append(
+            f"{many} layers keep no keys and values, or a state beside them, which is not counted here"
+        )
     return notes

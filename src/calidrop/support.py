@@ -82,16 +82,20 @@ def states(config: Any) -> dict[int, int]:
     return {i: many for i, kind in enumerate(_kinds(config)) if kind in BOTH}
 
 
+def stateful(config: Any) -> list[str]:
+    """The kinds of those of its layers that keep no keys and values, or something beside them."""
+    return [kind for kind in _kinds(config) if kind in (*WITHOUT_KEYS, *BOTH)]
+
+
 def plain(config: Any) -> bool:
     """Whether its layers keep keys and values and nothing else."""
-    return not set(_kinds(config)) & {*WITHOUT_KEYS, *BOTH}
+    return not stateful(config)
 
 
 def check_plain(model: Any, what: str) -> None:
     """Raises ValueError for what is not there for other models."""
     text = check_model(model)
-    if not plain(text):
-        kinds = sorted(set(_kinds(text)) & {*WITHOUT_KEYS, *BOTH})
+    if kinds := sorted(set(stateful(text))):
         raise ValueError(
             f"{what} needs layers with keys and values and nothing else; {type(model).__name__} ({text.model_type}) "
             f"has layers of kind {', '.join(kinds)}"
