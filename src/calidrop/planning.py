@@ -214,7 +214,5 @@ def _about(config: Any, context: int) -> list[str]:
     if isinstance(most, int) and context > most:
         notes.append(f"context {context} is beyond the {most} positions the model was made for")
     if many := len(stateful(config)):
-        notes.append(
-            f"{many} layers keep no keys and values, or a state beside them, which is not counted here"
-        )
+        notes.append(f"{many} layers keep no keys and values, or a state beside them, which is not counted here")
     return notes
