@@ -62,7 +62,7 @@ def test_each_head_does_what_its_cosine_says(decide):
     seen = {"recompute": 0, "abstain": 0, "apply": 0}
     for i in range(41, 70):
         step = [x[:, :, i : i + 1] for x in qkv]
-        near = torch.cosine_similarity(step[0][:, :, 0], kv.state.store.rest.q, -1)
+        near = torch.cosine_similarity(step[0][:, :, 0], kv.state.store.rest.memories[0].q, -1)
         if decide == "layer":
             near = near.mean(1, keepdim=True).expand_as(near)
         out, exact, base = (feed(layer, step)[:, :, 0] for layer in (kv, full, evict))
@@ -122,13 +122,13 @@ def test_tokens_evicted_while_decoding_join_exactly():
     obs = observed(torch.randn(2, 6, 3, D))
     first, second = some_tokens(2, 2, 21), some_tokens(2, 2, 9, seed=1)
     store.add(first, obs)
-    anchor = store.q.clone()
+    anchor = store.memories[0].q.clone()
     later = observed(torch.randn(2, 6, 1, D))
     store.add(second, later)  # same context: evicted while decoding
-    assert torch.equal(store.q, anchor)
+    assert torch.equal(store.memories[0].q, anchor)
     want = Answer.of(obs.queries.last(1), Tokens.cat([first, second]))
     for name in ("o", "lse", "mean_k"):
-        torch.testing.assert_close(getattr(store.answer, name), getattr(want, name), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(getattr(store.memories[0].answer, name), getattr(want, name), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -181,10 +181,10 @@ def test_only_the_heads_that_ask_are_fetched(monkeypatch):
     q = obs.queries.q.clone()
     q[1, 5] *= -1  # row 1, kv head 2
     q[2, 0] *= -1  # row 2, kv head 0
-    before = store.q.clone()
+    before = store.memories[0].q.clone()
     store.attend(Queries(q, obs.queries.pos + 1, D**-0.5))
     assert read == [([1 * 4 + 2, 2 * 4 + 0], 50)]
-    changed = (store.q != before).any(-1)
+    changed = (store.memories[0].q != before).any(-1)
     assert changed.nonzero().tolist() == [[1, 5], [2, 0]]
     assert store.recomputed() == (2, 24)
 
@@ -225,8 +225,8 @@ def test_recompute_streams_in_chunks(monkeypatch):
     assert len(pieces) > 10
     assert max(p.data["k"].nbytes + p.data["v"].nbytes for p in pieces) <= 4096
     store.attend(Queries(q, torch.full((2, 1), 500), D**-0.5))
-    torch.testing.assert_close(store.answer.o, whole.o, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(store.answer.lse, whole.lse, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(store.memories[0].answer.o, whole.o, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(store.memories[0].answer.lse, whole.lse, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -704,12 +704,12 @@ def test_what_heads_remember(flags, order, apply, G, D, Dv, dtype, monkeypatch):
         for i in range(4):
             drift = torch.randn(B, H * G, 1, D) * torch.tensor([0.0, 0.5, 2.0])[:, None, None, None]
             qs = Queries((near + i * drift).to(dtype), torch.full((B, 1), 600), D**-0.5)
-            other, before = store.fork(), (store.q, *vars(store.answer).values())
+            other, before = store.fork(), (store.memories[0].q, *vars(store.memories[0].answer).values())
             kept = [x.clone() for x in before]
-            assert store._in_kernel(qs)
+            assert store._in_kernel(store.memories[0], qs)
             ((o, lse),) = store.attend(qs)
             assert all(torch.equal(x, y) for x, y in zip(before, kept, strict=True))  # forks hold the same
-            monkeypatch.setattr(Calibrated, "_in_kernel", lambda self, qs: False)
+            monkeypatch.setattr(Calibrated, "_in_kernel", lambda self, m, qs: False)
             ((want, total),) = other.attend(qs)
             monkeypatch.setattr(Calibrated, "_in_kernel", IN_KERNEL)
             torch.testing.assert_close(lse, total, atol=2e-5, rtol=1e-4)

@@ -394,10 +394,10 @@ def test_what_heads_remember(H, G, D, dtype, order, apply, late, offload, softca
         drift = torch.randn(B, Hq, 1, D, device=DEVICE) * torch.linspace(0.0, 1.5, Hq, device=DEVICE)[:, None, None]
         qs = replace(near, q=(near.q + i * drift).to(dtype))
         other = store.fork()
-        assert store._in_triton(qs)
+        assert store._in_triton(store.memories[0], qs)
         ((o, lse),) = store.attend(qs)
         with monkeypatch.context() as patch:
-            patch.setattr(Calibrated, "_in_triton", lambda self, qs: False)
+            patch.setattr(Calibrated, "_in_triton", lambda self, m, qs: False)
             ((want, total),) = other.attend(qs)
         assert torch.equal(lse.isinf(), total.isinf()) and lse[2].isinf().all()
         torch.testing.assert_close(lse, total, atol=2e-5, rtol=1e-4)
@@ -406,12 +406,13 @@ def test_what_heads_remember(H, G, D, dtype, order, apply, late, offload, softca
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
         assert store.recomputed() == other.recomputed()
         if late:
-            assert store.asking is not None and store.asking.q is not qs.q and torch.equal(store.asking.q, qs.q)
-            per_row = store.wanted.view(B, H, G).any(-1).sum(-1)
+            m = store.memories[0]
+            assert m.asking is not None and m.asking.q is not qs.q and torch.equal(m.asking.q, qs.q)
+            per_row = m.wanted.view(B, H, G).any(-1).sum(-1)
             assert per_row.max() <= late
             asked += int(per_row.sum())
-            store.serve(bool(store.wanted.any()))
-            store.serve(False)
+            store.serve(m, bool(m.wanted.any()))
+            store.serve(m, False)
     assert (asked > 0) == bool(late) and (store.recomputed()[0] > 0) == offload
 
 

@@ -178,8 +178,9 @@ def _remembered(run: Run, late: int, dtype: torch.dtype) -> float:
     pos = torch.full((B, 1), 99, dtype=torch.int32, device=run.device)
     qs = Queries((q0 + far * drift)[:, :, None].to(dtype), pos, D**-0.5)
     store = Calibrated(1, 0.7, 0.8, "head", True, 0, HeadGroup(), late)
-    store.q, store.answer = q0, answer
-    near = store._similarity(qs)
+    m = store.memories[0]
+    m.q, m.answer = q0, answer
+    near = store._similarity(m, qs)
     said, applied, asked, counts, _ = gpu.remembered(qs, (q0, answer.lse, mean), 1, 0.8, 0.7, H, late)
     assert asked is not None and counts is not None
     ask = near[..., 0] < 0.7
@@ -189,7 +190,7 @@ def _remembered(run: Run, late: int, dtype: torch.dtype) -> float:
     told = (applied, near >= 0.8), (asked, ask), (counts[:, 0], ask.sum(1))
     if not all(torch.equal(x, y) for x, y in told):
         raise RuntimeError("other heads answer, or are asked")
-    return float((said - store._moved(qs))[applied].abs().max())
+    return float((said - m.moved(qs, 1))[applied].abs().max())
 
 
 def _mass(run: Run, W: int, dtype: torch.dtype) -> float:

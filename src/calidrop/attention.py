@@ -27,7 +27,7 @@ class Queries:
     """q: [B,Hq,T,D], rotated. pos: [B,T], -1 for a left pad. scale multiplies logits, softcap (if any) bends them.
     visible replaces the causal rule `key position <= query position` when the model's mask is another one. window: that
     it is this rule within so many columns, the query's own included (a sliding window). prompt: whether they are a
-    prompt's, though there may be only one."""
+    prompt's, though there may be only one. asker: which one asks of the layers that share keys and values."""
 
     q: Float[Tensor, "B Hq T D"]
     pos: Int[Tensor, "B T"]
@@ -36,13 +36,14 @@ class Queries:
     visible: Visible | None = None
     window: int | None = None
     prompt: bool = False
+    asker: int = 0
 
     def __len__(self) -> int:
         return self.q.shape[2]
 
     def slice(self, start: int, stop: int) -> Queries:
         q, pos = self.q[:, :, start:stop], self.pos[:, start:stop]
-        return Queries(q, pos, self.scale, self.softcap, self.visible, self.window, self.prompt)
+        return Queries(q, pos, self.scale, self.softcap, self.visible, self.window, self.prompt, self.asker)
 
     def last(self, n: int) -> Queries:
         return self.slice(max(0, len(self) - n), len(self))

@@ -20,6 +20,7 @@ from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
 from calidrop.plugin import ASSISTED, ATTENTION, called_from
 from calidrop.recipe import Recipe, parse
+from calidrop.shared import SharedKV
 from calidrop.soft import install
 from calidrop.state import held_bytes
 from calidrop.stateful import State, StatefulKV, changed, state_of
@@ -33,6 +34,7 @@ from calidrop.support import (
     layer_kinds,
     others,
     rope_of,
+    sharing,
     states,
 )
 
@@ -74,7 +76,10 @@ class KVCache(Cache):
         both, every = states(config), dict(self.others)
         for i, (layer, reach) in zip(layer_kinds(config), layers, strict=True):
             how = make(layer, reach), reach, eager
-            every[i] = StatefulKV(both[i], *how) if i in both else LayerKV(*how)
+            if i in both:
+                every[i] = StatefulKV(both[i], *how)
+            else:
+                every[i] = LayerKV(*how) if layer.asking == 1 else SharedKV(layer.asking, *how)
         super().__init__(layers=[every[i] for i in sorted(every)])
         self.layers_here: list[LayerKV] = [layer for layer in self.layers if isinstance(layer, LayerKV)]
         self.config = weakref.ref(config)
@@ -223,7 +228,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     config = check_model(model)
     kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
     whole = [i for i, reach in kinds.items() if reach is None]
-    shapes = heads_of(config)
+    shapes, asked = heads_of(config), sharing(config)
     for _, kv_heads, _ in (shapes[i] for i in kinds):
         if kv_heads % heads.size:
             raise ValueError(
@@ -235,7 +240,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     return [
         (
             Layer(index.get(i, -1), len(whole), *shapes[i], rope, heads, 0, config.model_type,
-                  sample=key_sample(modules.get(i))),
+                  sample=key_sample(modules.get(i)), asking=asked.get(i, 1)),
             reach,
         )
         for i, reach in kinds.items()

@@ -53,6 +53,15 @@ class _Run:
     shared: dict[int, int]  # storage -> bytes that are there once, whatever the number of layers and rows
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Layers that are alike: how their plan is made, how far back they see, and how many layers ask them."""
+
+    make: Callable[[], Plan]
+    reach: int | None
+    asking: int
+
+
 class Prompt:
     """Random tokens of one kv head, shared by all runs: k [1,1,N,D], v [1,1,N,Dv]; `group` query heads."""
 
@@ -70,9 +79,9 @@ class Prompt:
         pos = torch.arange(context - n, context, dtype=torch.int32)[None]
         return Queries(q, pos, self.k.shape[-1] ** -0.5, prompt=True)
 
-    def run(self, plan: Plan, reach: int | None, context: int, heads: int) -> LayerState:
-        """The state of a layer of `heads` equal heads after a prompt of `context` tokens, as `LayerKV.attend` leaves
-        it. Equal, so that budgets shared by heads are split evenly."""
+    def run(self, plan: Plan, reach: int | None, context: int, heads: int, asking: int = 1) -> LayerState:
+        """The state of a layer of `heads` equal heads that `asking` layers ask after a prompt of `context` tokens, as
+        `LayerKV.attend` leaves it. Equal, so that budgets shared by heads are split evenly."""
         kv = LayerKV(lambda: plan, reach)
         s = kv.state
         k, v = (x[:, :, :context].expand(-1, heads, -1, -1) for x in (self.k, self.v))
@@ -84,7 +93,7 @@ class Prompt:
         if s.store is not None:
             qs = self.queries(min(plan.observe, context), context, heads)
             lse = torch.full(qs.q.shape[:3], math.log(context))
-            step = Observation(qs, lse, s.context, s.start)
+            step = Observation(qs, lse, s.context, s.start, beside=[qs.last(1)] * (asking - 1))
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}
@@ -108,15 +117,15 @@ def footprint(recipe: Recipe, layers: Layers, prompt: Prompt, context: int, batc
     values of keys (ott) are those of random keys. Raises ValueError where the recipe does not fit the model."""
     shrink = recipe.part(Shrink)
     joint, heads = shrink is not None and shrink.joint, layers[0][0].kv_heads // layers[0][0].heads.size
-    kinds: dict[Any, tuple[Callable[[], Plan], int | None, int]] = {}
+    kinds: dict[Any, tuple[_Kind, int]] = {}
     alive = []  # until all are told apart by identity
     alone = _alone(layers, joint)
     for layer, reach in alone:
         make = _maker(recipe, layer, reach)
         alive.append(make())
-        key = ("bounded", reach) if reach is not None else _signature(alive[-1])
-        kinds[key] = make, reach, kinds[key][2] + 1 if key in kinds else 1
-    runs = [(_layer(prompt, make, reach, context, heads, joint), reach, n) for make, reach, n in kinds.values()]
+        key = ("bounded", reach) if reach is not None else (layer.asking, _signature(alive[-1]))
+        kinds[key] = _Kind(make, reach, layer.asking), kinds[key][1] + 1 if key in kinds else 1
+    runs = [(_layer(prompt, kind, context, heads, joint), kind.reach, n) for kind, n in kinds.values()]
     whole = [(run, n) for run, reach, n in runs if reach is None] or [(run, n) for run, _, n in runs]
     shared = {storage: n for run, _, _ in runs for storage, n in run.shared.items()}
     return Footprint(
@@ -140,14 +149,14 @@ def _alone(layers: Layers, joint: bool) -> Layers:
     return [(dataclasses.replace(layer, **changes), reach) for layer, reach in layers]
 
 
-def _layer(prompt: Prompt, make: Callable[[], Plan], reach: int | None, context: int, heads: int, joint: bool) -> _Run:
+def _layer(prompt: Prompt, kind: _Kind, context: int, heads: int, joint: bool) -> _Run:
     """A whole layer of one row, from runs of one and of two heads, or (joint) of all."""
     if joint:
-        return _measure(prompt, make(), reach, context, heads)
-    one = _measure(prompt, make(), reach, context, 1)
+        return _measure(prompt, kind, context, heads)
+    one = _measure(prompt, kind, context, 1)
     short = min(context, RULER)
-    single = one if short == context else _measure(prompt, make(), reach, short, 1)
-    row = 2 * single.device - _measure(prompt, make(), reach, short, 2).device  # held once for all heads
+    single = one if short == context else _measure(prompt, kind, short, 1)
+    row = 2 * single.device - _measure(prompt, kind, short, 2).device  # held once for all heads
     return replace(one, device=row + heads * (one.device - row), host=heads * one.host)
 
 
@@ -157,8 +166,8 @@ def _maker(recipe: Recipe, layer: Layer, reach: int | None) -> Callable[[], Plan
     return lambda: recipe.plan(layer)
 
 
-def _measure(prompt: Prompt, plan: Plan, reach: int | None, context: int, heads: int) -> _Run:
-    state = prompt.run(plan, reach, context, heads)
+def _measure(prompt: Prompt, kind: _Kind, context: int, heads: int) -> _Run:
+    state = prompt.run(kind.make(), kind.reach, context, heads, kind.asking)
     formats = list(_formats(state, heads, prompt.k.shape[-1] + prompt.v.shape[-1], set()))
     shared = {t.data_ptr(): t.nbytes for x in _shared(state) for t in tensors(x)}
     return _Run(

@@ -8,7 +8,7 @@ someone asks for the size. Until then it may still grow, and compressing early w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,6 +83,7 @@ class LayerKV(CacheLayerMixin):
         self.prompt_end = 0  # while recording: the column where the prompt ends and proposals begin
         self.column_bytes = 0  # one token of one row, uncompressed
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
+        self.beside: Sequence[Queries] = ()  # `Observation.beside`
         self.by = ""  # who answered last
         self.column: Tensor | None = (
             None  # int32 [1]: where the next token stands, while steps are recorded (`steady.py`)
@@ -316,24 +317,33 @@ class LayerKV(CacheLayerMixin):
 
     def _prompt(self, qs: Queries, new: Tokens, sink: Tensor | None, soft: QKV | None) -> Tensor:
         """The outputs of the prompt, and after them those of the soft tokens."""
-        s, mass = self.state, None
+        s = self.state
         qs = replace(qs, prompt=not (self.replay and s.seen))
+        before = len(s.window)
+        s.window.append(new)
+        sums = not s.seen and sink is None and self.sums
+        o, lse, mass = self._block(qs, new, before, sink, sums)
+        self._prompted(qs, lse, mass)
+        return o if soft is None else torch.cat([o, self._behind(qs, soft, sink)], 2)
+
+    def _block(
+        self, qs: Queries, new: Tokens, before: int, sink: Tensor | None, sums: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a prompt is answered whose tokens are in the window, behind `before` columns, and (`sums`, if a kernel
+        finds them on the way) the column sums of its attention."""
+        s, mass = self.state, None
         parts = s.store.attend(qs) if s.store else []
-        if self.reach is not None and len(s.window):
-            s.window.append(new)
+        if self.reach is not None and before:
             parts.append(ops.prompt(qs, s.window.tokens(), self.reach))
         else:
-            if len(s.window):
-                parts.append(ops.attend(qs, s.window.tokens()))
-            if not s.seen and sink is None and self.sums:
+            if before:
+                parts.append(ops.attend(qs, s.window.tokens().slice(0, before)))
+            if sums:
                 found, mass = ops.prompt_with_mass(qs, new)
             else:
                 found = ops.prompt(qs, new, self.reach)
             parts.append(found)
-            s.window.append(new)
-        o, lse = with_sink(qs, ops.joined(qs, parts), sink)
-        self._prompted(qs, lse, mass)
-        return o if soft is None else torch.cat([o, self._behind(qs, soft, sink)], 2)
+        return *with_sink(qs, ops.joined(qs, parts), sink), mass
 
     def _prompted(self, qs: Queries, lse: Tensor, mass: Tensor | None) -> None:
         """Count what a prompt brought; its tokens are in the window already. mass: `Observation.mass`."""
@@ -374,7 +384,7 @@ class LayerKV(CacheLayerMixin):
         s.seen += len(qs)
         if s.store is not None:
             assert s.context is not None and s.start is not None
-            step = Observation(qs, lse, s.context, s.start, mass=mass, heard=heard)
+            step = Observation(qs, lse, s.context, s.start, mass=mass, heard=heard, beside=self.beside)
             s.store.observe(step)
             for score in s.store.trackers():
                 t = s.window.tokens()
@@ -458,6 +468,8 @@ class LayerKV(CacheLayerMixin):
             s.store.add(moving, s.obs)
         if not self.plan.every:
             s.obs = None
+        elif s.obs is not None and s.obs.beside:  # a later flush has others
+            s.obs = replace(s.obs, beside=())
 
     def holdings(self) -> list[Holding]:
         """In what form this layer has every token it saw; nothing where it saw none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,8 @@ class Observation(State):
     start: int64 [B], the column of its first real token (the number of left pads). soft: the same of soft tokens behind
     the prompt, for methods that have some; it goes when other queries follow. mass: what `total_weights` says of the
     first columns of the cache, fp32 [B,H,columns], where the attention of a prompt has found it on the way. heard: the
-    logits that attention left of one query, of some of what it asked: `ops.Heard`.
+    logits that attention left of one query, of some of what it asked: `ops.Heard`. beside: of every other layer that
+    asks the same tokens, its last query [B,Hq,1,D]; what such layers ask ranks no tokens.
     """
 
     queries: Queries
@@ -32,6 +34,7 @@ class Observation(State):
     soft: Observation | None = None
     mass: Float[Tensor, "B H N"] | None = None
     heard: ops.Heard | None = None
+    beside: Sequence[Queries] = ()
 
     @property
     def prompt(self) -> bool:
@@ -115,5 +118,6 @@ class Observation(State):
         rows = rows.to(qs.q.device)
         self.queries = replace(qs, q=qs.q[rows], pos=qs.pos[rows])
         self.lse, self.context, self.start = self.lse[rows], self.context[rows], self.start[rows]
+        self.beside = [replace(x, q=x.q[rows], pos=x.pos[rows]) for x in self.beside]
         if self.soft is not None:
             self.soft.take_rows(rows)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Layer:
     """What a method may know about the layer it is built for. `index` counts the compressed layers only; heads are
     those of all processes. head_dim is that of keys; value_dim is the same unless given. model_type and sample, a few
-    of the layer's key weights if it has any to itself, tell models apart: what was trained on one fits no other."""
+    of the layer's key weights if it has any to itself, tell models apart: what was trained on one fits no other.
+    asking: how many layers of the model ask this one's tokens, itself included; query_heads are those of one."""
 
     index: int
     layers: int
@@ -42,6 +43,7 @@ class Layer:
     value_dim: int = 0
     model_type: str = ""
     sample: Tensor | None = None
+    asking: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)

@@ -49,6 +49,10 @@ class Handle:
     def __init__(self, layer: Attending):
         self.layer = layer
 
+    def to(self, *args: Any, **kwargs: Any) -> Handle:
+        """accelerate moves what layers share to the device of each; what is stored stays where it is."""
+        return self
+
     def __getattr__(self, name: str) -> Any:
         # whatever another attention implementation asks of its keys first
         raise RuntimeError(
@@ -92,6 +96,13 @@ class PositionMask:
         moved = copy.copy(self)
         moved.pads = pads
         return moved
+
+    def __getitem__(self, index: tuple[slice, ...]) -> PositionMask:
+        """Models may go on with the last queries alone, and cut their mask [B,heads,T,columns] to these: here queries
+        are told apart by where they stand."""
+        if len(index) != 4 or any(x != slice(None) for x in (*index[:2], index[3])) or index[2].stop is not None:
+            raise TypeError(f"a mask can be cut to the last queries ([:, :, -n:, :]), got {index}")
+        return self
 
     def positions(self, batch: int, heads: int, seen: int, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """int32 [B,T] and [B,heads,T]: columns of the new tokens, -1 for pads."""

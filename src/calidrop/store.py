@@ -58,7 +58,8 @@ class Score(State, ABC):
 class Late(Protocol):
     """What goes on between steps. wanted: bool [B,Hq], whom it wants to do something for, on the device; None: none."""
 
-    wanted: Tensor | None
+    @property
+    def wanted(self) -> Tensor | None: ...
 
     def serve(self, wanted: bool) -> bool:
         """wanted: whether it wants anything. -> whether what the next step sees changed."""

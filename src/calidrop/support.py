@@ -41,16 +41,14 @@ def check_model(model: Any) -> Any:
         reason = "encoder-decoder models are not supported"
     if reason is None and getattr(text, "kv_lora_rank", None):
         reason = "multi-head latent attention caches latents, not keys and values"
-    if reason is None and (getattr(text, "num_kv_shared_layers", None) or 0) > 0:
-        reason = "its layers share keys and values"
     if reason is None and not _uses_interface(model, text):
         reason = "its attention does not use transformers' attention interface"
     if reason is None:
         unknown = sorted(set(getattr(text, "layer_types", None) or ()) - {*KNOWN_LAYERS, *WITHOUT_KEYS})
         if unknown:
             reason = f"it has layers of kind {', '.join(unknown)}"
-        elif not set(_kinds(text)) & set(KNOWN_LAYERS):
-            reason = "none of its layers has keys and values"
+        elif not layer_kinds(text):
+            reason = "none of its layers has keys and values of its own"
         elif not plain(text) and tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
             least = ".".join(map(str, HYBRIDS))
             reason = f"layers of its kinds need transformers {least}, got {transformers.__version__}"
@@ -87,27 +85,48 @@ def stateful(config: Any) -> list[str]:
     return [kind for kind in _kinds(config) if kind in (*WITHOUT_KEYS, *BOTH)]
 
 
+def sharing(config: Any) -> dict[int, int]:
+    """Layers with keys and values that other layers ask too, by their index: how many ask them, the layer itself
+    included (Gemma 3n, Gemma 4: the last layers ask those of the last of their kind before them)."""
+    kinds, first = _kinds(config), _first_shared(config)
+    found: dict[int, int] = {}
+    for kind in kinds[first:]:
+        own = max((i for i in range(first) if kinds[i] == kind), default=-1)
+        found[own] = found.get(own, 1) + 1
+    return found
+
+
+def _first_shared(config: Any) -> int:
+    """The index of the first layer that has no keys and values of its own, but asks another's."""
+    return len(_kinds(config)) - (getattr(config, "num_kv_shared_layers", None) or 0)
+
+
 def plain(config: Any) -> bool:
-    """Whether its layers keep keys and values and nothing else."""
-    return not stateful(config)
+    """Whether its layers keep keys and values of their own and nothing else."""
+    return not stateful(config) and not sharing(config)
 
 
 def check_plain(model: Any, what: str) -> None:
     """Raises ValueError for what is not there for other models."""
     text = check_model(model)
+    name = f"{type(model).__name__} ({text.model_type})"
     if kinds := sorted(set(stateful(text))):
         raise ValueError(
-            f"{what} needs layers with keys and values and nothing else; {type(model).__name__} ({text.model_type}) "
-            f"has layers of kind {', '.join(kinds)}"
+            f"{what} needs layers with keys and values and nothing else; {name} has layers of kind {', '.join(kinds)}"
+        )
+    if n := sum(asking - 1 for asking in sharing(text).values()):
+        raise ValueError(
+            f"{what} needs layers with keys and values of their own; {n} layers of {name} ask those of others"
         )
 
 
 def layer_kinds(config: Any) -> dict[int, int | None]:
-    """Layers with keys and values, by their index: None where attention reaches back without bound, else how many
-    tokens it reaches."""
+    """Layers with keys and values of their own, by their index: None where attention reaches back without bound, else
+    how many tokens it reaches."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     reach = {"sliding_attention": window, "hybrid_sliding": window, "chunked_attention": chunk}
-    return {i: reach.get(kind) for i, kind in enumerate(_kinds(config)) if kind not in WITHOUT_KEYS}
+    own = _kinds(config)[: _first_shared(config)]
+    return {i: reach.get(kind) for i, kind in enumerate(own) if kind not in WITHOUT_KEYS}
 
 
 def heads_of(config: Any) -> list[tuple[int, int, int]]:

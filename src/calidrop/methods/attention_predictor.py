@@ -331,6 +331,8 @@ class Fetch(Selector):
         codec = kept()
         if layer.index < self.skip:
             return codec
+        if layer.asking > 1:
+            raise ValueError(f"{self}: cannot look ahead for {layer.asking} layers that share their keys and values")
         if not codec.unit:
             raise ValueError(f"{self}: cannot fetch parts of what is stored like this: {codec.describe()}")
         sizes = replace(self.sizes, span=math.lcm(self.sizes.block, codec.unit))

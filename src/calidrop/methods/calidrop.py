@@ -6,60 +6,24 @@ import torch
 from torch import Tensor
 
 from calidrop import ops
-from calidrop.attention import Partial, Queries, finite, logits, merge
+from calidrop.attention import Partial, Queries, merge
 from calidrop.holding import Holding
+from calidrop.methods._remembered import Answer, Coming, Memory
 from calidrop.methods._summary import Summary
 from calidrop.observe import Observation
-from calidrop.offload import Arrival, Chunk, HostLog
+from calidrop.offload import Chunk, HostLog
 from calidrop.ops import cpu, gpu
 from calidrop.ops.piece import Piece
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Rest, check_choice, check_int, check_number, method
-from calidrop.state import Host, State
 from calidrop.store import Late, Store
 from calidrop.tokens import Tokens
 
 
-class Answer(State):
-    """What a set of tokens said to one query per query head: o [...,D], lse [...], and mean_k [...,D], the slope of lse
-    in the query divided by the scale (the attention-weighted mean key; bent where logits are soft-capped). All fp32."""
-
-    def __init__(self, o: Tensor, lse: Tensor, mean_k: Tensor):
-        self.o, self.lse, self.mean_k = o, lse, mean_k
-
-    @staticmethod
-    def of(qs: Queries, t: Tokens) -> Answer:
-        """One query per head: qs.q [B,Hq,1,D]. Exact."""
-        s = logits(qs, t.k, t.pos)  # [B,H,G,1,N]
-        lse = s.logsumexp(-1, keepdim=True)
-        p = torch.exp(s - finite(lse))
-        slope = p if qs.softcap is None else p * (1 - (s.masked_fill(p == 0, 0.0) / qs.softcap).square())
-        B, Hq = qs.q.shape[:2]
-        o, mean_k = (w[..., 0, :] @ x.float() for w, x in ((p, t.v), (slope, t.k)))
-        return Answer(o.view(B, Hq, -1), lse.view(B, Hq), mean_k.view(B, Hq, -1))
-
-    def joined(self, other: Answer) -> Answer:
-        """The answer of the union of both sets to the same query. Exact."""
-        lse = torch.logaddexp(self.lse, other.lse)
-        a, b = (torch.exp(x.lse - finite(lse))[..., None] for x in (self, other))
-        return Answer(a * self.o + b * other.o, lse, a * self.mean_k + b * other.mean_k)
-
-
-class Coming(Host):
-    """A new answer to some heads, perhaps still on its way. asking: all heads' queries [B,Hq,1,D]; asked: bool [B,Hq],
-    those it is for; pairs: int64 [P], which (row, kv head) they are of; answer: [P,G,...]."""
-
-    def __init__(self, asking: Queries, asked: Tensor, pairs: Tensor, answer: Answer):
-        self.asking, self.asked, self.pairs, self.answer = asking, asked, pairs, answer
-        self.arrival = Arrival()
-
-
 class Calibrated(Store):
-    """Evicted tokens: on the host if at all, and remembered by what they said to a query per query head.
-
-    The device holds q, o and mean_k [B,Hq,D] and lse [B,Hq], and with `summary` a few tokens per kv head. late: heads
-    that are asked again answer anew from a later step on; `wanted` (bool [B,Hq]) are those that want to be, with the
-    queries `asking` [B,Hq,1,D]."""
+    """Evicted tokens: on the host if at all, and remembered by what they said to a query per query head of every layer
+    that asks (`memories`; but for models whose layers share keys and values it is one). With `summary` a few tokens per
+    kv head are on the device, too. late: heads that are asked again answer anew from a later step on."""
 
     counts = frozenset({"recalled_by"})
 
@@ -74,20 +38,16 @@ class Calibrated(Store):
         heads: HeadGroup,
         late: int = 0,
         refresh: str = "device",
+        asking: int = 1,
     ):
         self.order, self.recompute, self.apply, self.decide, self.heads = order, recompute, apply, decide, heads
         self.late_heads, self.where = late, refresh
         self.recalled_by = ""
         self.log = HostLog() if offload else None
         self.summary = Summary(summary) if summary else None
-        self.q: Tensor | None = None
-        self.answer: Answer | None = None
+        self.memories = [Memory() for _ in range(asking)]
         self.context: Tensor | None = None
         self.value_dim = 0
-        self.counted: Tensor | None = None  # int64 [B,2]: query heads that were asked again, and that could have been
-        self.wanted: Tensor | None = None
-        self.asking: Queries | None = None
-        self.coming: Coming | None = None
 
     # ---- taking tokens in
 
@@ -101,134 +61,112 @@ class Calibrated(Store):
                 return  # the summary answers alone
         fresh_prompt = self.context is None or not torch.equal(self.context, obs.context)
         self.context = obs.context
-        if self.q is None or self.answer is None:
-            self._anchor(obs, Answer.of(obs.queries.last(1), t))
-        elif fresh_prompt and self.log is not None:
-            self._anchor(obs, None)
-        else:  # a few more tokens were evicted while decoding: what they say to the old query joins the old answer
-            last = obs.queries.last(1)
-            first = self.answer.lse == float("-inf")  # heads that had lost nothing so far
-            self.q = torch.where(first[..., None], last.q[:, :, 0].float(), self.q)
-            at = Queries(self.q[:, :, None].to(t.k.dtype), last.pos, last.scale, last.softcap)
-            self.answer = self.answer.joined(Answer.of(at, t))
-
-    def _anchor(self, obs: Observation, answer: Answer | None) -> None:
-        self.wanted = self.coming = None
-        last = obs.queries.last(1)
-        self.q = last.q[:, :, 0].to(torch.float32, copy=True)  # a view would keep the whole window alive
-        if answer is None:
-            everyone = torch.ones(self.q.shape[:2], dtype=torch.bool, device=self.q.device)
-            self._refresh(last, everyone)
-        else:
-            self.answer = answer
+        for m, last in zip(self.memories, (obs.queries.last(1), *obs.beside), strict=True):
+            if m.answer is None:
+                m.anchor(last)
+                m.answer = Answer.of(last, t)
+            elif fresh_prompt and self.log is not None:
+                m.anchor(last)
+                self._refresh(m, last, torch.ones(last.q.shape[:2], dtype=torch.bool, device=last.q.device))
+            else:
+                m.join(t, last)
 
     # ---- answering
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
+        m = self.memories[qs.asker]
         summarised = self.log is None and self.summary is not None
         exact = (len(qs) > 1 or qs.prompt) and self.log is not None
-        step = self._step if self._in_kernel(qs) else self._launched if self._in_triton(qs) else None
+        step = self._step if self._in_kernel(m, qs) else self._launched if self._in_triton(m, qs) else None
         # whatever this process holds: the others may be waiting for its cosines
-        near = None if summarised or exact or step else self._similarity(qs)
+        near = None if summarised or exact or step else self._similarity(m, qs)
         if self.value_dim == 0:
             return []
         if self.summary is not None and summarised:
             return [self.summary.piece()]
         if self.log is not None and exact:
             return [merge([ops.attend(qs, _tokens(chunk)) for chunk in self.log.chunks()])]
-        assert self.q is not None and self.answer is not None
         if step is not None:
-            lse, applied = step(qs)
+            lse, applied = step(m, qs)
         else:
             assert near is not None
-            applied = self._apply(qs, near)
-            lse = self._moved(qs).masked_fill(~applied, float("-inf"))
-        parts: list[Partial | Piece] = [(self.answer.o[:, :, None].expand(*applied.shape, -1), lse)]
+            applied = self._apply(m, qs, near)
+            lse = m.moved(qs, self.order).masked_fill(~applied, float("-inf"))
+        assert m.answer is not None
+        parts: list[Partial | Piece] = [(m.answer.o[:, :, None].expand(*applied.shape, -1), lse)]
         if self.summary is not None:
             o, lse = ops.joined(qs, [self.summary.piece()])
             parts.append((o, lse.masked_fill(applied, float("-inf"))))
         return parts
 
-    def _apply(self, qs: Queries, near: Tensor) -> Tensor:
+    def _apply(self, m: Memory, qs: Queries, near: Tensor) -> Tensor:
         """Whose remembered answer is used, bool [B,Hq,T]; those that ask again have a new one."""
-        assert self.answer is not None
+        assert m.answer is not None
         applied = near >= self.apply
         if self.log is None:
             return applied
-        remembers = self.answer.lse > float("-inf")
+        remembers = m.answer.lse > float("-inf")
         asked = (near < self.recompute)[..., 0] & remembers
         if self.late_heads:
             asked = self._furthest(near[..., 0], asked)
-            self.wanted, self.asking = asked, Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
+            m.wanted, m.asking = asked, Queries(qs.q.clone(), qs.pos.clone(), qs.scale, qs.softcap)
         elif bool(asked.any()):
-            self._refresh(qs, asked)
+            self._refresh(m, qs, asked)
             applied = applied | asked[..., None]
-        self._count(torch.stack([asked.sum(1), remembers.sum(1)], 1))
+        m.count(torch.stack([asked.sum(1), remembers.sum(1)], 1))
         return applied
 
-    def _moved(self, qs: Queries) -> Tensor:
-        """[B,Hq,T], the lse of what is remembered for these queries."""
-        assert self.q is not None and self.answer is not None
-        lse = self.answer.lse[..., None]
-        if self.order == 1:
-            drift = (qs.q.float() - self.q[:, :, None]) @ self.answer.mean_k[..., None]  # 0 where just refreshed
-            lse = lse + qs.scale * drift[..., 0]
-        return lse
-
-    def _count(self, n: Tensor) -> None:
-        self.counted = n if self.counted is None else self.counted + n
-
-    def _in_kernel(self, qs: Queries) -> bool:
+    def _in_kernel(self, m: Memory, qs: Queries) -> bool:
         """Whether `_step` can answer these queries."""
         alone = len(qs) == 1 and not qs.prompt and self.decide == "head" and not self.late_heads and qs.softcap is None
-        if not alone or self.q is None or not cpu.remembers(qs.q):
+        if not alone or m.q is None or not cpu.remembers(qs.q):
             return False
         return self.log is None or all(cpu.recalls(s.data["k"], s.data["v"]) for s in self.log.segments)
 
-    def _step(self, qs: Queries) -> tuple[Tensor, Tensor]:
+    def _step(self, m: Memory, qs: Queries) -> tuple[Tensor, Tensor]:
         """All of it in one call. -> the lse of what answers and whether it does, [B,Hq,1]."""
-        assert self.q is not None and self.answer is not None
-        old, evicted = self.answer, self.log.segments if self.log is not None else []
-        held = self.q, old.o, old.lse, old.mean_k
+        assert m.q is not None and m.answer is not None
+        old, evicted = m.answer, self.log.segments if self.log is not None else []
+        held = m.q, old.o, old.lse, old.mean_k
         new, lse, applied, counts = cpu.remembered(
             qs.q[:, :, 0], qs.scale, held, self.order, self.recompute, self.apply, evicted
         )
         if new is not None:
-            self.q, self.answer, self.recalled_by = new[0], Answer(*new[1:]), "the host's kernel"
+            m.q, m.answer, self.recalled_by = new[0], Answer(*new[1:]), "the host's kernel"
         if self.log is not None:
-            self._count(counts)
+            m.count(counts)
         return lse[..., None], applied[..., None]
 
-    def _in_triton(self, qs: Queries) -> bool:
+    def _in_triton(self, m: Memory, qs: Queries) -> bool:
         """Whether `_launched` can answer these queries."""
-        return len(qs) == 1 and not qs.prompt and self.decide == "head" and self.q is not None and gpu.remembers(qs.q)
+        return len(qs) == 1 and not qs.prompt and self.decide == "head" and m.q is not None and gpu.remembers(qs.q)
 
-    def _launched(self, qs: Queries) -> tuple[Tensor, Tensor]:
-        """`_apply` and `_moved` in one launch."""
-        assert self.q is not None and self.answer is not None
+    def _launched(self, m: Memory, qs: Queries) -> tuple[Tensor, Tensor]:
+        """`_apply` and `Memory.moved` in one launch."""
+        assert m.q is not None and m.answer is not None
         asks = self.log is not None
         said, applied, asked, counts, asking = gpu.remembered(
-            qs, (self.q, self.answer.lse, self.answer.mean_k), self.order, self.apply, self.recompute if asks else None,
-            self._kv_heads() if asks else 1, self.late_heads if asks else 0, self.counted,
+            qs, (m.q, m.answer.lse, m.answer.mean_k), self.order, self.apply, self.recompute if asks else None,
+            self._kv_heads() if asks else 1, self.late_heads if asks else 0, m.counted,
         )  # fmt: skip
         if asked is None:
             return said, applied
-        self.counted = counts
+        m.counted = counts
         if asking is not None:
-            self.wanted, self.asking = asked, asking
+            m.wanted, m.asking = asked, asking
         elif bool(asked.any()):
-            self._refresh(qs, asked)
-            said = torch.where(asked[..., None], self.answer.lse[..., None], said)
+            self._refresh(m, qs, asked)
+            said = torch.where(asked[..., None], m.answer.lse[..., None], said)
             applied = applied | asked[..., None]
         return said, applied
 
-    def _similarity(self, qs: Queries) -> Tensor:
+    def _similarity(self, m: Memory, qs: Queries) -> Tensor:
         """[B,Hq,T] cosines with the remembered queries. decide="layer": their mean over the heads of the layer, on
         whatever process, that have evicted anything."""
         near = there = qs.q.new_zeros(qs.q.shape[:3], dtype=torch.float32)
-        if self.q is not None and self.answer is not None:
-            near = torch.cosine_similarity(qs.q.float(), self.q[:, :, None], -1)
-            there = (self.answer.lse > float("-inf")).float()[..., None].expand_as(near)
+        if m.q is not None and m.answer is not None:
+            near = torch.cosine_similarity(qs.q.float(), m.q[:, :, None], -1)
+            there = (m.answer.lse > float("-inf")).float()[..., None].expand_as(near)
         if self.decide == "layer":
             total = self.heads.gather(torch.stack([near * there, there], -1)).sum(1, keepdim=True)  # [B,1,T,2]
             near = (total[..., 0] / total[..., 1].clamp(min=1)).expand_as(near)
@@ -242,9 +180,9 @@ class Calibrated(Store):
         chosen = torch.zeros_like(drift, dtype=torch.bool).scatter(1, most, True)
         return asked & chosen[..., None].expand(B, H, asked.shape[1] // H).reshape(asked.shape)
 
-    def _refresh(self, qs: Queries, asked: Tensor) -> None:
+    def _refresh(self, m: Memory, qs: Queries, asked: Tensor) -> None:
         """Recompute exactly, for the query heads in `asked` (bool [B,Hq]) and no others."""
-        self._place(self._recall(qs, asked))
+        m.place(self._recall(qs, asked), self._kv_heads(), self.value_dim)
 
     def _recall(self, qs: Queries, asked: Tensor) -> Coming:
         """Ask again: chunks of the kv heads come from the host and their partial answers are joined."""
@@ -269,55 +207,34 @@ class Calibrated(Store):
         assert answer is not None
         return Coming(qs, asked, pairs, answer)
 
-    def _place(self, new: Coming) -> None:
-        """Remember it."""
-        assert self.q is not None
-        B, Hq, D = self.q.shape
-        old = self.answer or Answer(
-            self.q.new_zeros(B, Hq, self.value_dim, dtype=torch.float32),
-            self.q.new_full((B, Hq), float("-inf"), dtype=torch.float32),
-            self.q.new_zeros(B, Hq, D, dtype=torch.float32),
-        )
-
-        def put(before: Tensor, after: Tensor) -> Tensor:
-            spread = before.reshape(-1, Hq // self._kv_heads(), *before.shape[2:]).index_copy(0, new.pairs, after)
-            return torch.where(new.asked.view(B, Hq, *[1] * (before.dim() - 2)), spread.view_as(before), before)
-
-        answer = new.answer
-        self.answer = Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k))
-        self.q = torch.where(new.asked[..., None], new.asking.q[:, :, 0].float(), self.q)
-
     def moving(self) -> list[Store]:
         return [self] if self.log is not None else []
 
     # ---- answering late
 
     def late(self) -> list[Late]:
-        return [self] if self.late_heads else []
+        return [Later(self, m) for m in self.memories] if self.late_heads else []
 
-    def serve(self, wanted: bool) -> bool:
-        if self.coming is None and wanted:
-            assert self.log is not None and self.asking is not None and self.wanted is not None
+    def serve(self, m: Memory, wanted: bool) -> bool:
+        """`Late.serve` for one of its memories."""
+        if m.coming is None and wanted:
+            assert self.log is not None and m.asking is not None and m.wanted is not None
             # copies: the next step may write over them while they are read
-            own = replace(self.asking, q=self.asking.q.clone(), pos=self.asking.pos.clone())
-            asked = self.wanted.clone()
+            own = replace(m.asking, q=m.asking.q.clone(), pos=m.asking.pos.clone())
+            asked = m.wanted.clone()
             with self.log.beside() as arrival:
-                self.coming = self._recall(own, asked)
-            self.coming.arrival = arrival
-        if self.coming is None or not self.coming.arrival.there:
+                m.coming = self._recall(own, asked)
+            m.coming.arrival = arrival
+        if m.coming is None or not m.coming.arrival.there:
             return False
-        self.coming.arrival.wait(self.coming.answer)
-        self._place(self.coming)
-        self.coming = None
+        m.coming.arrival.wait(m.coming.answer)
+        m.place(m.coming, self._kv_heads(), self.value_dim)
+        m.coming = None
         return True
 
     @property
     def unsteady(self) -> str:
         return "" if self.log is None or self.late_heads else "calidrop waits for the host in every step (late=0)"
-
-    def take_rows(self, rows: Tensor) -> None:
-        self.coming = None  # whose rows are the old ones
-        super().take_rows(rows)
 
     def _kv_heads(self) -> int:
         assert self.log is not None
@@ -340,7 +257,10 @@ class Calibrated(Store):
         return self.log is None
 
     def recomputed(self) -> tuple[int, int]:
-        return (0, 0) if self.counted is None else tuple(self.counted.sum(0).tolist())
+        asked, steps = 0, 0
+        for counted in (m.counted for m in self.memories if m.counted is not None):
+            asked, steps = asked + int(counted[:, 0].sum()), steps + int(counted[:, 1].sum())
+        return asked, steps
 
     def describe(self) -> str:
         n = sum(s.longest for s in self.log.segments) if self.log is not None else 0
@@ -348,6 +268,20 @@ class Calibrated(Store):
         summary = f", {self.summary.size} summary tokens" if self.summary is not None else ""
         by = f", asked again by {self.recalled_by}" if self.recalled_by else ""
         return f"remembered by order {self.order} ({where}{by}){summary}"
+
+
+class Later(Late):
+    """One of its memories, between steps."""
+
+    def __init__(self, store: Calibrated, memory: Memory):
+        self.store, self.memory = store, memory
+
+    @property
+    def wanted(self) -> Tensor | None:
+        return self.memory.wanted
+
+    def serve(self, wanted: bool) -> bool:
+        return self.store.serve(self.memory, wanted)
 
 
 def _tokens(chunk: Chunk) -> Tokens:
@@ -406,6 +340,7 @@ def calidrop(
             layer.heads,
             late,
             refresh,
+            layer.asking,
         )
 
     return Rest(make, observe=32 if summary else 1)

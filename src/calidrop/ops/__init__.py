@@ -261,7 +261,14 @@ def step(
         window.written(new)
     else:
         window.append(new)
-    held = window.tokens()
+    return again(qs, window, parts, heard, last)
+
+
+def again(
+    qs: Queries, window: Window, parts: Sequence[Partial | Piece], heard: Heard | None = None, last: int | None = None
+) -> tuple[Partial, str]:
+    """`step` for one query of a token that is in the window already."""
+    asked, held = qs if last is None else replace(qs, visible=None, window=None), window.tokens()
     parts = [*parts, piece(held if last is None else held.slice(max(0, len(held) - last)))]
     backend = pick(asked, parts)
     return backend.decode(asked, parts, heard), backend.name
