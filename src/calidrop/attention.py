@@ -91,11 +91,17 @@ def attend(
     if block < T:
         parts = [attend(qs.slice(i, min(i + block, T)), k, v, pos, bias) for i in range(0, T, block)]
         return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+    v = values(k, v)
     s = logits(qs, k, pos, bias)
     lse = s.logsumexp(-1)
     w = torch.exp(s - finite(lse)[..., None])
     o = (w.flatten(2, 3) @ v.float()).view(B, Hq, T, v.shape[-1])
     return o, lse.view(B, Hq, T)
+
+
+def values(k: Tensor, v: Tensor | None) -> Tensor:
+    """v, or the keys where values have no channels of their own (`Tokens`)."""
+    return k if v is None or v.shape[-1] == 0 else v
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from calidrop import ops
 from calidrop.holding import Holding
+from calidrop.latent import LatentKV, latent_modules, let_through
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
@@ -31,6 +32,7 @@ from calidrop.support import (
     check_plain,
     heads_of,
     key_sample,
+    latent,
     layer_kinds,
     others,
     rope_of,
@@ -74,10 +76,15 @@ class KVCache(Cache):
             return lambda: self.recipe.plan(layer)
 
         both, every = states(config), dict(self.others)
+        latents = latent_modules(model) if latent(config) else {}
+        for kind in {type(module) for module in latents.values()}:
+            let_through(kind)
         for i, (layer, reach) in zip(layer_kinds(config), layers, strict=True):
             how = make(layer, reach), reach, eager
             if i in both:
                 every[i] = StatefulKV(both[i], *how)
+            elif i in latents:
+                every[i] = LatentKV(latents[i], *how)
             else:
                 every[i] = LayerKV(*how) if layer.asking == 1 else SharedKV(layer.asking, *how)
         super().__init__(layers=[every[i] for i in sorted(every)])
@@ -228,7 +235,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     config = check_model(model)
     kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
     whole = [i for i, reach in kinds.items() if reach is None]
-    shapes, asked = heads_of(config), sharing(config)
+    shapes, asked, own_values = heads_of(config), sharing(config), 0 if latent(config) else None
     for _, kv_heads, _ in (shapes[i] for i in kinds):
         if kv_heads % heads.size:
             raise ValueError(
@@ -239,7 +246,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     modules = attention_modules(model) if heads.size == 1 else {}
     return [
         (
-            Layer(index.get(i, -1), len(whole), *shapes[i], rope, heads, 0, config.model_type,
+            Layer(index.get(i, -1), len(whole), *shapes[i], rope, heads, own_values, config.model_type,
                   sample=key_sample(modules.get(i)), asking=asked.get(i, 1)),
             reach,
         )

@@ -388,7 +388,7 @@ class LayerKV(CacheLayerMixin):
             s.store.observe(step)
             for score in s.store.trackers():
                 t = s.window.tokens()
-                t.logits = None if heard is None else heard.of(t.v, len(t))
+                t.logits = None if heard is None else heard.of(t.values, len(t))
                 s.window.stats = {**s.window.stats, **score.stats(t, step)}
             if self.keeps_queries:
                 width = self.plan.observe

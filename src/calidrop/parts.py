@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Layer:
     """What a method may know about the layer it is built for. `index` counts the compressed layers only; heads are
-    those of all processes. head_dim is that of keys; value_dim is the same unless given. model_type and sample, a few
-    of the layer's key weights if it has any to itself, tell models apart: what was trained on one fits no other.
+    those of all processes. head_dim is that of keys; value_dim is the same unless given, and 0 where values are the
+    keys themselves (`Tokens`). model_type and sample, a few of the layer's key weights if it has any to itself, tell
+    models apart: what was trained on one fits no other.
     asking: how many layers of the model ask this one's tokens, itself included; query_heads are those of one."""
 
     index: int
@@ -40,23 +41,26 @@ class Layer:
     head_dim: int
     rope: Rope | None
     heads: HeadGroup
-    value_dim: int = 0
+    value_dim: int | None = None
     model_type: str = ""
     sample: Tensor | None = None
     asking: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        if self.value_dim is None:
+            object.__setattr__(self, "value_dim", self.head_dim)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One method with its arguments. `text` is its canonical recipe string."""
+    """One method with its arguments. `text` is its canonical recipe string. latents: whether it takes tokens whose
+    values are the keys themselves (`Tokens`)."""
 
     name: str = dataclasses.field(default="", init=False)
     text: str = dataclasses.field(default="", init=False)
 
     role = "nothing"
+    latents = True
 
     def __add__(self, other: Part | Recipe | str) -> Recipe:
         from calidrop.recipe import Recipe
@@ -130,6 +134,7 @@ class Storage(Part):
     every: int
     chose_recent: bool = False
     weighs: bool = False
+    latents: bool = False
 
     role = "how kept tokens are stored"
 
@@ -145,6 +150,7 @@ class Shrink(Part):
     every: int
     observe: int = 1
     joint: bool = False
+    latents: bool = False
 
     role = "which channels of kept tokens stay"
 
@@ -155,6 +161,7 @@ class Rest(Part):
 
     make: Callable[[Layer], Store]
     observe: int = 1
+    latents: bool = False
 
     role = "what becomes of the rest"
 

@@ -67,6 +67,9 @@ class Recipe:
     def plan(self, layer: Layer) -> Plan:
         kinds = (Selector, Storage, Rest, Shrink, Deputies)
         select, storage, rest, shrink, stand = (self.part(kind) for kind in kinds)
+        for part in self.parts:
+            if layer.value_dim == 0 and not part.latents:
+                raise ValueError(f"{part} does not work on latents (multi-head latent attention), which are no keys")
 
         def kept() -> Store:
             inner = storage.make if storage else lambda narrow: Exact()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from calidrop.latent import latent_modules, refusal
 from calidrop.rope import Rope
 
 # Models whose attention does not hand keys and values to the attention interface untouched.
@@ -39,8 +41,8 @@ def check_model(model: Any) -> Any:
     reason = REFUSED.get(text.model_type)
     if reason is None and getattr(config, "is_encoder_decoder", False):
         reason = "encoder-decoder models are not supported"
-    if reason is None and getattr(text, "kv_lora_rank", None):
-        reason = "multi-head latent attention caches latents, not keys and values"
+    if reason is None and latent(text):
+        reason = _unlike(model, text)
     if reason is None and not _uses_interface(model, text):
         reason = "its attention does not use transformers' attention interface"
     if reason is None:
@@ -55,6 +57,23 @@ def check_model(model: Any) -> Any:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} ({text.model_type}) is not supported: {reason}")
     return text
+
+
+def _unlike(model: Any, text: Any) -> str | None:
+    """Why its multi-head latent attention is none that is known."""
+    modules = latent_modules(model)
+    if len({x.kv_lora_rank + x.qk_rope_head_dim for x in _each(text)}) > 1:
+        return "its layers cache latents of several sizes"
+    if any(i not in modules for i in layer_kinds(text)):
+        return "its multi-head latent attention is not made as transformers 5.17 and newer make it"
+    if getattr(text, "index_topk", None):
+        return "an indexer of its own picks the tokens that are attended to"
+    return next((f"multi-head latent attention: {why}" for m in modules.values() if (why := refusal(m))), None)
+
+
+def latent(config: Any) -> bool:
+    """Whether its layers with keys and values cache latents in place of these (multi-head latent attention)."""
+    return any(getattr(x, "kv_lora_rank", None) for x in _each(config))
 
 
 def _uses_interface(model: Any, text: Any) -> bool:
@@ -102,8 +121,8 @@ def _first_shared(config: Any) -> int:
 
 
 def plain(config: Any) -> bool:
-    """Whether its layers keep keys and values of their own and nothing else."""
-    return not stateful(config) and not sharing(config)
+    """Whether its layers keep keys and values of their own, as they are, and nothing else."""
+    return not stateful(config) and not sharing(config) and not latent(config)
 
 
 def check_plain(model: Any, what: str) -> None:
@@ -114,6 +133,8 @@ def check_plain(model: Any, what: str) -> None:
         raise ValueError(
             f"{what} needs layers with keys and values and nothing else; {name} has layers of kind {', '.join(kinds)}"
         )
+    if latent(text):
+        raise ValueError(f"{what} needs keys and values; {name} caches latents (multi-head latent attention)")
     if n := sum(asking - 1 for asking in sharing(text).values()):
         raise ValueError(
             f"{what} needs layers with keys and values of their own; {n} layers of {name} ask those of others"
@@ -130,15 +151,21 @@ def layer_kinds(config: Any) -> dict[int, int | None]:
 
 
 def heads_of(config: Any) -> list[tuple[int, int, int]]:
-    """Per layer: query heads, kv heads and head dim."""
-    n = config.num_hidden_layers
-    own = getattr(config, "per_layer_config", None) or [config] * n  # what may differ is not said of all together
+    """Per layer: query heads, kv heads and head dim; of latents, one head of all that is cached."""
     found = []
-    for x in own:
+    for x in _each(config):
         q_heads = x.num_attention_heads
+        if latent(x):
+            found.append((q_heads, 1, x.kv_lora_rank + x.qk_rope_head_dim))
+            continue
         kv_heads = getattr(x, "num_key_value_heads", None) or q_heads
         found.append((q_heads, kv_heads, getattr(x, "head_dim", None) or x.hidden_size // q_heads))
     return found
+
+
+def _each(config: Any) -> Sequence[Any]:
+    """The config of each layer: what may differ is not said of all together."""
+    return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
 
 
 def check_alike(config: Any, what: str) -> None:
@@ -163,7 +190,8 @@ def _kinds(config: Any) -> list[str]:
 
 def rope_of(model: Any) -> Rope | None:
     """The rotary frequencies of the full-attention layers; None if there are none, or not in half-split layout."""
-    if check_model(model).model_type in INTERLEAVED:
+    text = check_model(model)
+    if text.model_type in INTERLEAVED or latent(text):
         return None
     for module in model.modules():
         for name in ("full_attention_inv_freq", "inv_freq"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,21 @@ from torch import Tensor
 from calidrop.coded import Coded
 from calidrop.hadamard import hadamard
 from calidrop.quant import dequantize, rounded, unpack
+
+
+def _there(k: Tensor, v: Tensor) -> list[tuple[str, Tensor]]:
+    """What is to be encoded: no values where they are the keys (`Tokens`)."""
+    return [("k", k), ("v", v)] if v.shape[-1] else [("k", k)]
+
+
+def _names(data: dict[str, Tensor]) -> list[str]:
+    return [n for n in ("k", "v") if n in data]
+
+
+def _both(found: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of what `_there` or `_names` gave."""
+    k, *v = found
+    return k, v[0] if v else k[..., :0]
 
 
 class PerToken(Coded):
@@ -23,14 +39,15 @@ class PerToken(Coded):
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         data = {}
-        for name, x in (("k", k), ("v", v)):
+        for name, x in _there(k, v):
             x = hadamard(x.float()) if self.rotate else x
             data[name], data[f"{name}_scale"], data[f"{name}_zero"] = rounded(x, self.bits)
         return data
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (dequantize(unpack(data[n], self.bits), data[f"{n}_scale"], data[f"{n}_zero"]) for n in ("k", "v"))
-        return k, v
+        return _both(
+            dequantize(unpack(data[n], self.bits), data[f"{n}_scale"], data[f"{n}_zero"]) for n in _names(data)
+        )
 
     def turn(self, q: Tensor) -> Tensor:
         return hadamard(q.float()) if self.rotate else q
@@ -39,7 +56,7 @@ class PerToken(Coded):
         return hadamard(o.float()) if self.rotate else o
 
     def restore(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (hadamard(k), hadamard(v)) if self.rotate else (k, v)
+        return _both(hadamard(x) for _, x in _there(k, v)) if self.rotate else (k, v)
 
     def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "per token", "bits": self.bits, "rotate": self.rotate}
@@ -55,7 +72,7 @@ class Float8(Coded):
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         data = {}
-        for name, x in (("k", k), ("v", v)):
+        for name, x in _there(k, v):
             scale = (x.float().abs().amax(-1) / self.LARGEST).to(torch.float16).clamp(min=2.0**-24)
             # the scale was rounded: without the clamp, the largest value may lie above the format's and become NaN
             scaled = (x.float() / scale.float()[..., None]).clamp(-self.LARGEST, self.LARGEST)
@@ -64,11 +81,10 @@ class Float8(Coded):
         return data
 
     def decode(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (
+        return _both(
             data[n].contiguous().view(torch.float8_e4m3fn).float() * data[f"{n}_scale"].float()[..., None]
-            for n in ("k", "v")
+            for n in _names(data)
         )
-        return k, v
 
     def layout(self, q: Tensor) -> dict[str, Any]:
         return {"kind": "e4m3", "bits": 8}

@@ -26,7 +26,7 @@ class Answer(State):
         p = torch.exp(s - finite(lse))
         slope = p if qs.softcap is None else p * (1 - (s.masked_fill(p == 0, 0.0) / qs.softcap).square())
         B, Hq = qs.q.shape[:2]
-        o, mean_k = (w[..., 0, :] @ x.float() for w, x in ((p, t.v), (slope, t.k)))
+        o, mean_k = (w[..., 0, :] @ x.float() for w, x in ((p, t.values), (slope, t.k)))
         return Answer(o.view(B, Hq, -1), lse.view(B, Hq), mean_k.view(B, Hq, -1))
 
     def joined(self, other: Answer) -> Answer:

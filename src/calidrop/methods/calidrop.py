@@ -52,7 +52,7 @@ class Calibrated(Store):
     # ---- taking tokens in
 
     def add(self, t: Tokens, obs: Observation) -> None:
-        self.value_dim = t.v.shape[-1]
+        self.value_dim = t.values.shape[-1]
         if self.log is not None:
             self.log.append({"k": t.k, "v": t.v, "pos": t.pos}, t.valid)
         if self.summary is not None:
@@ -343,4 +343,4 @@ def calidrop(
             layer.asking,
         )
 
-    return Rest(make, observe=32 if summary else 1)
+    return Rest(make, observe=32 if summary else 1, latents=True)

@@ -12,4 +12,4 @@ def fp8(residual: int | None = None) -> Storage:
     if residual is not None:
         check_int("fp8: residual", residual, 0)
     recent = 32 if residual is None else residual
-    return Storage(lambda layer: Float8(1), recent, 16, chose_recent=residual is not None)
+    return Storage(lambda layer: Float8(1), recent, 16, chose_recent=residual is not None, latents=True)

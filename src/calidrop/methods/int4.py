@@ -26,4 +26,4 @@ def int4(rotate: bool = True, residual: int | None = None) -> Storage:
             raise ValueError(f"int4: head_dim must be even, got {layer.head_dim}")
         return PerToken(4, rotate)
 
-    return Storage(make, recent, 16, chose_recent=residual is not None)
+    return Storage(make, recent, 16, chose_recent=residual is not None, latents=True)

@@ -13,4 +13,4 @@ def int8(residual: int | None = None) -> Storage:
     if residual is not None:
         check_int("int8: residual", residual, 0)
     recent = 32 if residual is None else residual
-    return Storage(lambda layer: PerToken(8, False), recent, 16, chose_recent=residual is not None)
+    return Storage(lambda layer: PerToken(8, False), recent, 16, chose_recent=residual is not None, latents=True)

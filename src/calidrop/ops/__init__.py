@@ -21,9 +21,13 @@ from calidrop.window import Window
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Partial | None:
-    """torch's own fused attention with its lse, q [B,H,T,D], k and v [B,H,N,D]; None where it cannot run."""
-    if k.shape[-1] != v.shape[-1] or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """torch's own fused attention with its lse, q [B,H,T,D], k [B,H,N,D] and v [B,H,N,Dv]; None where it cannot run."""
+    D, Dv = k.shape[-1], v.shape[-1]
+    if Dv > D or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
+    if Dv < D:
+        found = flash(q, k, F.pad(v, (0, D - Dv)), scale, causal)
+        return None if found is None else (found[0][..., :Dv], found[1])
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the ops below take that for granted
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,7 +47,7 @@ def attend(qs: Queries, t: Tokens, bias: Tensor | None = None) -> Partial:
     H = t.k.shape[1]
     if t.dense and bias is None and qs.visible is None and qs.softcap is None:
         # no mask needed, so the group's queries can be packed as rows of one head: keys are read once
-        out = flash(grouped(qs.q, H), t.k, t.v, qs.scale)
+        out = flash(grouped(qs.q, H), t.k, t.values, qs.scale)
         if out is not None:
             return out[0].reshape(B, Hq, T, -1), out[1].reshape(B, Hq, T)
     return oracle(qs, t.k, t.v, t.pos, bias)
@@ -59,7 +63,7 @@ def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
     known = qs.softcap is None and (qs.visible is None or qs.window is not None)
     if known and (N == T or (qs.window is not None and N <= 2 * T)):  # else most of the first block is for nothing
         if t.dense:
-            out = _causal(qs.q, t.k, t.v, qs.scale, qs.window)
+            out = _causal(qs.q, t.k, t.values, qs.scale, qs.window)
             if out is not None:
                 return out
         else:
@@ -140,11 +144,11 @@ def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
     if pad < 0:
         return None
     (Hq, T), N = qs.q.shape[1:3], len(t)
-    o = qs.q.new_zeros(1, Hq, T, t.v.shape[-1])
+    o = qs.q.new_zeros(1, Hq, T, t.values.shape[-1])
     lse = qs.q.new_full((1, Hq, T), float("-inf"), dtype=torch.float32)
     first = max(0, pad - (N - T))  # query
     if first < T:
-        q, k, v = qs.q[row : row + 1, :, first:], *(x[row : row + 1, :, pad:] for x in (t.k, t.v))
+        q, k, v = qs.q[row : row + 1, :, first:], *(x[row : row + 1, :, pad:] for x in (t.k, t.values))
         out = _causal(q, k, v, qs.scale, qs.window)
         if out is None:
             return None
@@ -154,12 +158,13 @@ def _causal_row(qs: Queries, t: Tokens, row: int, pad: int) -> Partial | None:
 
 def piece(t: Tokens, bias: Tensor | None = None) -> Piece:
     """Tokens for `joined`, without a copy; k and v must have a stride of 1 in their last dim. bias: fp32 [B,H,N]."""
-    columns = {"k": t.k, "v": t.v}
+    columns = {"k": t.k, "v": t.values}
     if not t.dense:
         columns["pos"] = t.pos
     if bias is not None:
         columns["bias"] = bias
-    return Piece("exact", columns, None, t.k.shape[1], t.v.shape[-1], lambda qs: attend(qs, t, bias), len(t))
+    width = columns["v"].shape[-1]
+    return Piece("exact", columns, None, t.k.shape[1], width, lambda qs: attend(qs, t, bias), len(t))
 
 
 class Answer(Protocol):

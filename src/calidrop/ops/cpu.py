@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries
+from calidrop.attention import Partial, Queries, values
 from calidrop.ops import build, piece
 from calidrop.ops.described import DTYPES, KINDS, NOW, Array, array, describe, listed, packed, strided, whole
 from calidrop.ops.piece import MOST_QUERIES, Heard, Piece
@@ -25,7 +25,7 @@ from calidrop.state import Ragged
 from calidrop.tokens import Tokens
 from calidrop.window import Window
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512)  # what there are loops for: narrower rows are filled up
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256, 512, 576)  # what there are loops for: narrower rows are filled up
 _ASKED = struct.Struct("@5Q2q7i2f" + "Q3q" * 4)  # Asked of pieces.h
 _NONE_NEW = (0,) * 16
 
@@ -131,7 +131,12 @@ def takes(qs: Queries, new: Tokens, window: Window) -> bool:
     if there is None or window.before is not None or k.requires_grad or refusal(qs):
         return False
     known = k.dtype == v.dtype == there.dtype and k.dtype in DTYPES and max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1]
-    return known and k.stride(-1) == v.stride(-1) == 1 and new.pos.dtype == torch.int32 and k.device.type == "cpu"
+    return (
+        known
+        and k.stride(-1) == values(k, v).stride(-1) == 1
+        and new.pos.dtype == torch.int32
+        and k.device.type == "cpu"
+    )
 
 
 def step(
@@ -142,8 +147,9 @@ def step(
     columns up to its own, the last so many of them (None: all). -> o [B,Hq,T,Dv] of that dtype (or fp32), lse
     [B,Hq,T]. heard: as `decode` does."""
     B, Hq, T, D = qs.q.shape
-    H, Dv = new.v.shape[1], new.v.shape[-1]
-    memory = k, v, pos = window.grow(new)
+    H, Dv = new.v.shape[1], new.values.shape[-1]
+    k, v, pos = window.grow(new)
+    memory = k, v, pos = k, values(k, v), pos  # where those are the keys, they are written twice to one place
     known = window.note.get(memory, window.dense)
     if known is None:
         columns = {"k": strided(k), "v": strided(v), **({} if window.dense else {"pos": strided(pos)})}
@@ -160,13 +166,14 @@ def step(
     lse, keep = torch.empty(B, Hq, T), []
     told = [describe(p, qs.q, keep, heard) for p in parts]
     told.append(NOW.pack(0, logits, room, 0, n - skip, skip, D, T, last or 0) + stored)
-    coming = *strided(new.k), *strided(new.v), *strided(new.pos), *at
+    coming = *strided(new.k), *strided(new.values), *strided(new.pos), *at
     _ask(qs.q, H, qs.scale, qs.softcap, told, out, lse, coming=coming)
     return out, lse
 
 
 def recalls(k: Tensor, v: Tensor) -> bool:
     """Whether `recall` can be asked about such keys and values."""
+    v = values(k, v)
     known = max(k.shape[-1], v.shape[-1]) <= HEAD_DIMS[-1] and k.dtype == v.dtype in DTYPES
     return known and k.device.type == "cpu" and not kernel().reason
 
@@ -176,7 +183,7 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
     of `lists` k [slots,D], v [slots,Dv], and where those of a group begin and how many they are, int64 [P].
     -> o [P,G,Dv], lse [P,G], the weighted mean key [P,G,D], fp32."""
     P, G, D = q.shape
-    Dv = lists[0][1].shape[-1]
+    Dv = values(*lists[0][:2]).shape[-1]
     out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
     told = [listed(k, v, lens, starts) for k, v, starts, lens in lists]
     _ask(q, 1, scale, None, told, out, lse, mean)

@@ -8,7 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial
+from calidrop.attention import Partial, values
 from calidrop.ops.piece import Heard, Piece
 from calidrop.state import Ragged
 
@@ -63,7 +63,7 @@ def packed(
 
 def listed(k: Tensor, v: Tensor, lens: Tensor, starts: Tensor | None = None) -> bytes:
     """Exact tokens k [slots,D] and v [slots,Dv], of which each (row, head) has some; asked by the queries of a call."""
-    columns = {"k": flat(k), "v": flat(v)}
+    columns = {"k": flat(k), "v": flat(values(k, v))}
     now = NOW.pack(*[0] * 6, k.shape[-1], 0, 0)
     return now + packed(columns, "exact", DTYPES[k.dtype], lens=lens, starts=starts)
 
@@ -74,7 +74,8 @@ def whole(s: Ragged) -> bytes:
     tensors = k, v, s.lens
     found = s.note.get(tensors, whole)
     if found is None:
-        found = listed(k.view(-1, k.shape[-1]), v.view(-1, v.shape[-1]), s.lens)
+        k, v = (x.view(-1, x.shape[-1]) for x in (k, values(k, v)))
+        found = listed(k, v, s.lens)
         s.note.put(tensors, whole, found)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries
+from calidrop.attention import Partial, Queries, values
 from calidrop.state import Note, Ragged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,7 +82,9 @@ class Piece:
         read them."""
         columns = {name: held.data[name] for name in names if name in held.data}
         lens = None if held.uniform else held.lens
-        v = held.data["v"]
+        columns["v"] = v = values(held.data["k"], held.data.get("v"))
+        if v is columns["k"]:
+            columns |= {f"v_{x}": columns[f"k_{x}"] for x in ("scale", "zero") if f"k_{x}" in columns}
         width = v.shape[-1] * 8 // layout["bits"] if v.dtype == torch.uint8 else v.shape[-1]
         heads = held.lens.shape[1]
         return Piece(

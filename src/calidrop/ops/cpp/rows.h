@@ -185,7 +185,7 @@ void all_weigh(const char* v, int64_t step, const float* p, float* o, int wide, 
 }
 
 // the widths of rows that there are loops for; a plane of codes fills whole vectors
-constexpr int WIDTHS[] = {32, 64, 80, 96, 128, 192, 256, 512};
+constexpr int WIDTHS[] = {32, 64, 80, 96, 128, 192, 256, 512, 576};
 template <class F> constexpr bool known(int D) { return D * F::BITS % 128 == 0 && F::reads(D); }
 
 // the narrowest that holds D numbers; 0 where none does

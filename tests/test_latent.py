@@ -1,0 +1,384 @@
+"""Multi-head latent attention: DeepSeek, GLM-4.7-Flash, Mistral 4, and their kin."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, DynamicCache
+
+import calidrop
+from calidrop import latent, ops, tee
+from calidrop.attention import Queries, attend
+from calidrop.cache import layers_of
+from calidrop.eval.subject import fill, together
+from calidrop.latent import LatentKV, Up, latent_modules
+from calidrop.layer import LayerKV
+from calidrop.parallel import HeadGroup
+from calidrop.parts import Layer
+from calidrop.planning import plan
+from calidrop.plugin import PositionMask, using
+from calidrop.recipe import parse
+from calidrop.state import held_bytes
+from calidrop.support import HYBRIDS, check_plain
+from calidrop.tokens import Tokens
+from helpers import check_holdings, kernels
+from test_properties import EVICTORS, check_bytes, check_tokens, steps
+from tiny import COMMON, batch, generate, row, soft, tiny, worst
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
+    pytest.skip("an older transformers", allow_module_level=True)
+
+LATENTS = {
+    "kv_lora_rank": 24, "q_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "num_key_value_heads": 6, "head_dim": 8,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 3, "mlp_layer_types": ["dense"] * 3,
+}  # fmt: skip
+HYBRID = {"num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4,
+          "layer_types": ["linear_attention", "full_attention"] * 2}  # fmt: skip
+FAMILIES = {
+    "deepseek_v2": EXPERTS,
+    "deepseek_v3": EXPERTS,
+    "glm4_moe_lite": EXPERTS,
+    "youtu": {},
+    "minicpm3": {},
+    "longcat_flash": {"n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 0, "expert_ffn_hidden_size": 32,
+                      "ffn_hidden_size": 32, "num_layers": 2},
+    "axk1": EXPERTS,
+    "kimi_linear": EXPERTS | HYBRID,
+    "bailing_hybrid": EXPERTS | HYBRID,
+}  # fmt: skip
+HERE = [name for name in FAMILIES if name in CONFIG_MAPPING]  # some are younger than others
+RECIPES = [
+    "snapkv(budget=24, recent=8, every=8)",
+    "adakv(budget=24, recent=8)+calidrop(recompute=0.3)",
+    "int8(residual=16)",
+    "h2o(budget=20)+int4",
+]
+ALL = [
+    *(e for e in EVICTORS if "judge_q" not in e and "expected_attention" not in e),
+    *("int8", "int4", "int4(rotate=False, residual=3)", "fp8(residual=5)"),
+    *(f"snapkv(budget=13, recent=5, every=4)+{s}" for s in ("int8", "int4", "fp8")),
+    *(f"h2o(budget=12, every=4)+{s}+calidrop(recompute=0.3)" for s in ("int8", "fp8")),
+    *(f"h2o(budget=12, every=4)+calidrop({r})" for r in ("recompute=2", "recompute=0.3, late=1", "summary=3")),
+    "tova(budget=12, every=3)+calidrop(offload=False, summary=3)",
+]
+
+
+def made(family: str = "deepseek_v3", **changes) -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **LATENTS, **FAMILIES[family], **changes})
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return made()
+
+
+def test_enough_families_are_there():
+    assert {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"} <= set(HERE)
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_full_equals_dynamic_cache(family):
+    model, inputs = made(family), batch()
+    model.set_attn_implementation("sdpa")
+    theirs, ours = DynamicCache(config=model.config), calidrop.KVCache(model)
+    tokens, logits = generate(model, inputs, theirs)
+    got, our_logits = generate(model, inputs, ours)
+    assert worst(logits, our_logits) < 2e-4
+    assert torch.equal(tokens, got)
+    plain, plain_logits = generate(model, inputs, DynamicCache(config=model.config))  # under our attention
+    assert worst(logits, plain_logits) < 2e-4 and torch.equal(tokens, plain)
+    assert all(isinstance(layer, LatentKV) for layer in ours.layers_here)
+    assert ours.full_nbytes == held_bytes([vars(layer) for layer in theirs.layers])
+    rows = sum(held_bytes(layer.state.window.k) for layer in ours.layers_here)
+    assert (
+        rows
+        >= sum(layer.state.window.k.value.nbytes for layer in ours.layers_here)
+        == len(ours.layers_here)
+        * (
+            2 * 84 * 32 * 4  # a latent of 24 and a key of 8 per token, and no values
+        )
+    )
+    assert sum(held_bytes(layer.state.window.v) for layer in ours.layers_here) == 0
+
+
+@pytest.mark.parametrize("every", [8, 128])
+@pytest.mark.parametrize("family", HERE)
+def test_whatever_is_dropped_answers_when_it_is_asked(family, every):
+    model, inputs = made(family), batch()
+    cache = calidrop.KVCache(model, f"snapkv(budget=24, recent=8, every={every})+calidrop(recompute=2)")
+    tokens, logits = generate(model, inputs, cache)
+    want, full_logits = generate(model, inputs, calidrop.KVCache(model))
+    assert torch.equal(tokens, want) and worst(logits, full_logits) < 2e-4  # recomputing always is full attention
+    assert cache.recompute_rate == 1
+    latents = sum(layer.state.store.rest.log.segments[0].data["k"].nbytes for layer in cache.layers_here)
+    assert latents <= cache.host_nbytes < 1.2 * latents or every == 8
+    never = calidrop.KVCache(model, f"snapkv(budget=24, recent=8, every={every})+calidrop(recompute=-2, order=0)")
+    _, other = generate(model, inputs, never)
+    assert worst(other, full_logits) > 1e-2 and never.recompute_rate == 0
+
+
+def pair(recipe: str, group: int = 6, D: int = 32):
+    """A layer whose values are its keys, and one that is given them twice."""
+    how = parse(recipe)
+    return [LayerKV(lambda n=n: how.plan(Layer(1, 3, group, 1, D, None, HeadGroup(), n))) for n in (0, None)]
+
+
+@pytest.mark.parametrize("wish", ["torch", ""])
+@pytest.mark.parametrize("recipe", ALL)
+@torch.no_grad()
+def test_values_that_are_keys_are_as_values_of_their_own(recipe, wish, monkeypatch):
+    """Prompts and steps: the same answers and the same tokens, in half the bytes."""
+    torch.manual_seed(2)
+    ours, twice = pair(recipe)
+    pads = torch.ones(2, 200, dtype=torch.bool)
+    pads[1, :10] = False
+    seen = 0
+    with kernels(monkeypatch, wish):
+        for T in steps((37, 23)):
+            k, q = torch.randn(2, 1, T, 32), torch.randn(2, 6, T, 32)
+            mask = PositionMask(pads[:, : seen + T], new_pads=seen == 0)
+            ours.update(k, k[..., :0])
+            twice.update(k, k.clone())
+            got, want = (layer.attend(q, mask, 0.2, None, None) for layer in (ours, twice))
+            assert got.shape == q.shape
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+            seen += T
+            check_tokens(ours, mask.pads)
+            check_bytes(ours)
+            check_holdings(ours, mask.pads)
+            for x, y in zip(ours.state.store.tokens(), twice.state.store.tokens(), strict=True):
+                assert torch.equal(x.pos, y.pos) and torch.equal(x.k, y.k) and torch.equal(x.values, y.v)
+                assert x.v.shape[-1] == 0
+    assert ours.state.store.recomputed() == twice.state.store.recomputed()
+    k, v = twice.state.window.k, twice.state.window.v
+    assert held_bytes(k) == held_bytes(v)
+    spared = sum(held_bytes(x.state, host) for host in (False, True) for x in (twice,)) - sum(
+        held_bytes(ours.state, host) for host in (False, True)
+    )
+    assert spared >= held_bytes(v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(("D", "group"), [(576, 16), (576, 128), (288, 40), (560, 3)])
+@torch.no_grad()
+def test_the_kernel_reads_latents_of_real_sizes(D, group, T, dtype):
+    torch.manual_seed(5)
+    k = torch.randn(2, 1, 301, D).to(dtype)
+    q = torch.randn(2, group, T, D).to(dtype)
+    pos = torch.arange(301, dtype=torch.int32).expand(2, 1, 301).clone()
+    pos[1, :, :7] = -1
+    qs = Queries(q, torch.full((2, T), 400), D**-0.5)
+    part = ops.piece(Tokens(k, k[..., :0], pos))
+    backend = ops.pick(qs, [part])
+    assert backend.name == "the kernel for CPUs" and part.value_dim == D
+    for x, y in zip(backend.decode(qs, [part]), attend(qs, k, k, pos), strict=True):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "kimi_linear"])
+def test_padded_row_equals_row_alone(family, recipe, monkeypatch):
+    if family not in HERE:
+        pytest.skip("a transformers without it")
+    model, inputs = made(family), batch(3, 61, (0, 13, 50))
+    with kernels(monkeypatch, "torch"):
+        tokens, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
+        for i in range(3):
+            alone, alone_logits = generate(model, row(inputs, i), calidrop.KVCache(model, recipe))
+            assert worst(logits[i : i + 1], alone_logits) < (5e-3 if "int" in recipe else 5e-4), f"row {i}"
+            assert torch.equal(tokens[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_kernel_answers_as_torch_does(model, recipe, monkeypatch):
+    inputs, found = batch(), []
+    for wish in ("torch", ""):
+        with kernels(monkeypatch, wish):
+            cache = calidrop.KVCache(model, recipe)
+            found.append(generate(model, inputs, cache)[1])
+            assert ("torch" in cache.describe().splitlines()[1]) == bool(wish)
+    assert 0 < worst(*found) < (5e-2 if "int" in recipe else 1e-3)  # codes may flip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_beams_score_as_the_same_tokens_one_by_one(model, recipe):
+    ids = batch(1, 45, (0,))["input_ids"]
+    out = model.generate(
+        ids, **using(calidrop.KVCache(model, recipe)), num_beams=3, max_new_tokens=12, do_sample=False,
+        length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
+    )  # fmt: skip
+    tokens, cache = out.sequences[:, 45:], calidrop.KVCache(model, recipe)
+    logits = [model(ids, **using(cache)).logits[:, -1]]
+    logits += [model(tokens[:, i : i + 1], **using(cache)).logits[:, -1] for i in range(11)]
+    score = torch.stack(logits, 1).log_softmax(-1).gather(2, tokens[..., None]).sum()
+    assert worst(score, out.sequences_scores) < 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["full", *RECIPES])
+def test_chunks_and_a_second_turn(model, recipe):
+    inputs = batch(1, 61, (0,))
+    want, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
+    cache = calidrop.KVCache(model, recipe)
+    got, in_chunks = generate(model, inputs, cache, prefill_chunk_size=20)
+    assert torch.equal(want, got) and worst(logits, in_chunks) < 5e-3
+    more = torch.cat([inputs["input_ids"], got, batch(1, 30, (0,), 5)["input_ids"]], 1)
+    turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    told, after = generate(model, turn, cache, new=8)
+    assert told.shape == (1, 8) and cache.get_seq_length() == more.shape[1] + 7
+    if recipe == "full":
+        _, fresh = generate(model, turn, calidrop.KVCache(model), new=8)
+        assert worst(after, fresh) < 2e-4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_speculation_gives_what_plain_decoding_gives(model, recipe):
+    motif = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    inputs = {"input_ids": motif, "attention_mask": torch.ones_like(motif)}
+    plain, _ = generate(model, inputs, calidrop.KVCache(model, recipe), new=32)
+    cache = calidrop.KVCache(model, recipe)
+    got, _ = generate(model, inputs, cache, new=32, prompt_lookup_num_tokens=4, output_logits=False)
+    assert torch.equal(plain, got)
+
+
+@torch.no_grad()
+def test_rows_are_repeated_chosen_and_forgotten(model):
+    inputs = batch(2, 61, (0, 0))
+    given = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(2))
+
+    def told(cache, ids):
+        return torch.cat([model(ids[:, i : i + 1], **using(cache)).logits for i in range(5)], 1)
+
+    cache = calidrop.KVCache(model, RECIPES[1])
+    model(**inputs, **using(cache))
+    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    got, cache = told(cache, given[[1, 0, 0]]), calidrop.KVCache(model, RECIPES[1])
+    for _ in range(2):
+        model(**inputs, **using(cache))
+        assert worst(got, told(cache, given)[[1, 0, 0]]) < 5e-4
+        cache.reset()
+
+
+def test_what_does_not_work_on_latents_says_so(model):
+    for part in ("kivi(bits=4, group=8)", "think", "mixkvq", "decoquant", "ott"):
+        with pytest.raises(ValueError, match=f"{part[:4]}.* does not work on latents"):
+            calidrop.KVCache(model, part)
+    with pytest.raises(ValueError, match=r"mikv.* does not work on latents"):
+        calidrop.KVCache(model, "h2o(budget=20)+mikv(bits=2)")
+    with pytest.raises(ValueError, match="expected_attention"):
+        calidrop.KVCache(model, "expected_attention(budget=20)")
+    said = re.escape("DeepseekV3ForCausalLM (deepseek_v3) caches latents")
+    for make in (
+        lambda: calidrop.KVCache(model, compile=True),
+        lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
+        lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
+    check_plain(tiny(), "this")
+
+
+def test_attention_that_is_made_otherwise_is_refused():
+    model = made()
+    module = model.model.layers[1].self_attn
+
+    class Other(type(module)):
+        def expand_kv(self, kv_nope, k_rot):
+            k, v = super().expand_kv(kv_nope, k_rot)
+            return k, v * 1.1
+
+    module.__class__ = Other
+    with pytest.raises(ValueError, match="something else than kv_b_proj makes of latents"):
+        calidrop.KVCache(model)
+    model = made()
+    proj = model.model.layers[1].self_attn.kv_b_proj
+    proj.bias = nn.Parameter(torch.zeros(proj.out_features))
+    with pytest.raises(ValueError, match="kv_b_proj has a bias"):
+        calidrop.KVCache(model)
+    model = made()
+    model.model.layers[2].self_attn.kv_b_proj = nn.Sequential(model.model.layers[2].self_attn.kv_b_proj)
+    with pytest.raises(ValueError, match="kv_b_proj is a Sequential without plain weights"):
+        calidrop.KVCache(model)
+    if "deepseek_v32" in CONFIG_MAPPING:
+        config = transformers.AutoConfig.for_model("deepseek_v32", **{**COMMON, **LATENTS, **EXPERTS})
+        with pytest.raises(ValueError, match="an indexer of its own"):
+            calidrop.KVCache(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_other_attention_and_a_lost_model_are_no_silent_mistakes():
+    model, inputs = made(), batch(1, 20, (0,))
+    cache = calidrop.KVCache(model)
+    generate(model, inputs, cache, new=2)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="needs the attention implementation 'calidrop'"):
+        model(inputs["input_ids"], **using(cache))
+    layer = cache.layers[0]
+    layer.update(torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 8))
+    del model
+    with pytest.raises(RuntimeError, match="the model of this cache is gone"):
+        layer.attend(torch.randn(1, 6, 1, 24), PositionMask(), 0.2, None, None)
+
+
+def test_models_can_be_copied_and_kept(model):
+    """Nothing of a cache hangs on a module."""
+    inputs = batch(1, 30, (0,))
+    want, _ = generate(model, inputs, calidrop.KVCache(model), new=4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for module in latent_modules(other).values():
+                module.kv_b_proj.weight.mul_(1.5)
+        changed, logits = generate(other, inputs, calidrop.KVCache(other), new=4)
+        theirs, their_logits = generate(other, inputs, DynamicCache(config=other.config), new=4)
+        assert torch.equal(changed, theirs) and worst(logits, their_logits) < 2e-4
+    again, _ = generate(model, inputs, calidrop.KVCache(model), new=4)
+    assert torch.equal(want, again)
+    kind = type(next(iter(latent_modules(model).values())))
+    latent.let_through(kind)
+    assert not hasattr(kind.expand_kv.original, "original")
+
+
+def test_queries_that_ask_latents_have_the_products_they_had_with_keys(model):
+    module = model.model.layers[0].self_attn
+    up, q = Up(module), torch.randn(2, 6, 5, 24)
+    z, p = torch.randn(2, 1, 9, 24), torch.randn(2, 1, 9, 8)
+    k, v = module.expand_kv(z, p)
+    torch.testing.assert_close(
+        up.absorbed(q) @ torch.cat([z, p], -1).transpose(-1, -2), q @ k.transpose(-1, -2), atol=1e-4, rtol=1e-4
+    )
+    w = torch.rand(2, 6, 5, 9)
+    torch.testing.assert_close(up.valued(w @ torch.cat([z, p], -1)), w @ v, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_and_an_evaluation(model):
+    (layer, reach), *_ = layers_of(model)
+    assert (layer.query_heads, layer.kv_heads, layer.head_dim, layer.value_dim, layer.rope, reach) == (
+        6, 1, 32, 0, None, None
+    )  # fmt: skip
+    recipes = ["full", "snapkv(budget=64)+int4", "snapkv(budget=64)+calidrop", "h2o(budget=64)"]
+    advice = plan(model, context=512, memory="1GiB", recipes=recipes)
+    for option in advice.options:
+        cache = calidrop.KVCache(model, option.recipe, eager=True)
+        with torch.no_grad():
+            model(torch.randint(3, 97, (1, 512)), **using(cache))
+        assert (cache.nbytes, cache.host_nbytes) == (option.device_bytes, option.host_bytes)
+    assert advice.full_bytes == calidrop.planning._full(layers_of(model), 512, 1, torch.float32) == 3 * 512 * 32 * 4
+    assert {o.recipe for o in plan(model.config, context=4096, memory="1GiB").options} > {"full", "int4"}
+    assert together(model, 2) == 1
+    ids = torch.randint(3, 97, (61,), generator=torch.Generator().manual_seed(3))
+    (subject,) = fill(model, ["snapkv(budget=24, recent=8)+calidrop"], ids)
+    saved = subject.saved()
+    first = subject.feed(ids[:5])
+    subject.restore(saved)
+    assert torch.equal(first, subject.feed(ids[:5]))
