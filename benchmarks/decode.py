@@ -34,7 +34,7 @@ from calidrop.linear import Linear, fast_linear
 from calidrop.models import embedded, embedded_gguf
 from calidrop.plugin import ATTENTION, using
 from calidrop.state import held_bytes
-from calidrop.support import layer_kinds
+from calidrop.support import layer_kinds, plain
 from calidrop.tee import prefill
 
 RECIPES = [
@@ -91,7 +91,8 @@ class Bench:
         """Every cache after the prompt ids [1,T]."""
         config = self.model.config
         made: dict[str, Cache] = {FULL: DynamicCache(config=config), SHORT: DynamicCache(config=config)}
-        if self.proposed == 1 and not any(layer_kinds(config).values()):  # it cannot undo, and refuses sliding layers
+        usual = plain(config) and not any(layer_kinds(config).values())  # it refuses sliding layers
+        if self.proposed == 1 and usual:  # and it cannot undo
             try:
                 made[FP8] = QuantizedCache("fp8", config)
             except ValueError as error:  # versions of transformers that know no fp8
@@ -103,7 +104,11 @@ class Bench:
         ours = {recipe: calidrop.KVCache(self.model, recipe, eager=True) for recipe in self.recipes}
         if self.compiled:
             ours |= {f"{r}, compiled": calidrop.KVCache(self.model, r, eager=True, compile=True) for r in self.recipes}
-        prefill(self.model, list(ours.values()), ids)
+        if plain(config):
+            prefill(self.model, list(ours.values()), ids)
+        else:
+            for cache in ours.values():
+                self.step(cache, ids)
         for cache in ours.values() if self.proposed > 1 else ():
             cache.activate_past_recording()
         return made | ours

@@ -93,7 +93,7 @@ def test_exact_keys_and_queries_in_bf16(D, N):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "Dv"), [(24, 64), (38, 38), (112, 16), (128, 130), (320, 1), (192, 128)])
+@pytest.mark.parametrize(("D", "Dv"), [(24, 64), (38, 38), (112, 16), (128, 130), (320, 1), (192, 128), (576, 512)])
 def test_rows_of_any_width(D, Dv, dtype):
     """What lies behind a row is no number, and is not read."""
     room = torch.full((2, 2, 150, D + Dv + 40), float("nan"), dtype=dtype)
@@ -349,7 +349,7 @@ def test_codes(flags, recipe, D, monkeypatch):
         *(("h2o(budget=.5)+mikv(bits=2)", D) for D in (64, 128, 256)),
         *((f"h2o(budget=.5)+mikv(bits={bits})", D) for bits in (3, 4) for D in (32, 64, 96, 128, 256)),
         *(("kivi(bits=8, group=64, residual=5)", D) for D in (64, 256)),
-        *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (24, 40, 72, 80, 112, 192, 320)),
+        *((f"int{bits}(residual=5)", D) for bits in (8, 4) for D in (24, 40, 72, 80, 112, 192, 320, 512, 576)),
         *(("fp8(residual=5)", D) for D in (24, 40, 112, 320)),
         *(("decoquant(bits=2, residual=5)", D) for D in (48, 96)),
         ("kivi(bits=8, residual=5)", 512),
@@ -379,7 +379,7 @@ def test_exact_values_beside_coded_keys(dtype, D):
 
 
 def test_what_it_does_not_take_is_answered_by_torch():
-    for qs in (queries(1, 4, 1, 520), queries(1, 4, 9, 64)):
+    for qs in (queries(1, 4, 1, 600), queries(1, 4, 9, 64)):
         t = tokens(1, 2, 20, qs.q.shape[-1])
         assert ops.pick(qs, [ops.piece(t)]).name.startswith("torch (")
         o, lse = ops.joined(qs, [ops.piece(t)])

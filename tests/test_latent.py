@@ -25,7 +25,7 @@ from calidrop.recipe import parse
 from calidrop.state import held_bytes
 from calidrop.support import HYBRIDS, check_plain
 from calidrop.tokens import Tokens
-from helpers import check_holdings, kernels
+from helpers import check_holdings, kernels, predictor
 from test_properties import EVICTORS, check_bytes, check_tokens, steps
 from tiny import COMMON, batch, generate, row, soft, tiny, worst
 
@@ -68,6 +68,7 @@ ALL = [
     *(f"h2o(budget=12, every=4)+{s}+calidrop(recompute=0.3)" for s in ("int8", "fp8")),
     *(f"h2o(budget=12, every=4)+calidrop({r})" for r in ("recompute=2", "recompute=0.3, late=1", "summary=3")),
     "tova(budget=12, every=3)+calidrop(offload=False, summary=3)",
+    *(predictor(n) + s for n in (24, 999) for s in ("", "+int8")),
 ]
 
 

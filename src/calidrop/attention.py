@@ -99,9 +99,9 @@ def attend(
     return o, lse.view(B, Hq, T)
 
 
-def values(k: Tensor, v: Tensor | None) -> Tensor:
+def values(k: Tensor, v: Tensor) -> Tensor:
     """v, or the keys where values have no channels of their own (`Tokens`)."""
-    return k if v is None or v.shape[-1] == 0 else v
+    return v if v.shape[-1] else k
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calidrop import ops
-from calidrop.attention import Partial, Queries, values
+from calidrop.attention import Partial, Queries
 from calidrop.holding import Holding, positions
 from calidrop.observe import Observation
-from calidrop.ops.piece import Piece
+from calidrop.ops.piece import Piece, values_of
 from calidrop.state import Ragged, State
 from calidrop.tokens import Tokens
 
@@ -322,7 +322,7 @@ def unseen(held: Ragged | None, heard: ops.Heard | None, group: int = 1) -> list
     """Stored tokens without keys and values, where attention left logits of them; a slot has `group` of them."""
     if held is None or heard is None:
         return []
-    logits = heard.of(values(held.data["k"], held.data.get("v")), held.longest * group)
+    logits = heard.of(values_of(held.data), held.longest * group)
     if logits is None:
         return []
     own = held.only(*(n for n in held.data if n == "pos" or n.startswith("stat:")))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries, values
+from calidrop.attention import Partial, Queries
 from calidrop.state import Note, Ragged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +36,12 @@ class Heard:
         """slots: of the longest head, so that a part of what was asked is not taken for the whole."""
         logits = self.found.get(values.data_ptr())
         return logits if logits is not None and logits.shape[-1] == slots else None
+
+
+def values_of(data: dict[str, Tensor]) -> Tensor:
+    """The column of values, which are the keys where there is none with channels (`Tokens`)."""
+    v = data.get("v")
+    return v if v is not None and v.shape[-1] else data["k"]
 
 
 @dataclass(eq=False)  # one is made per store and step, and frozen ones are made in three times as long
@@ -82,8 +88,8 @@ class Piece:
         read them."""
         columns = {name: held.data[name] for name in names if name in held.data}
         lens = None if held.uniform else held.lens
-        columns["v"] = v = values(held.data["k"], held.data.get("v"))
-        if v is columns["k"]:
+        columns["v"] = v = values_of(held.data)
+        if v is columns.get("k"):
             columns |= {f"v_{x}": columns[f"k_{x}"] for x in ("scale", "zero") if f"k_{x}" in columns}
         width = v.shape[-1] * 8 // layout["bits"] if v.dtype == torch.uint8 else v.shape[-1]
         heads = held.lens.shape[1]

@@ -7,11 +7,11 @@
 namespace {
 
 struct Scratch {
-  std::vector<float> q, s, zeros, straight;
+  std::vector<float> q, s, of_part, zeros, straight;
   std::vector<int> k_order, v_order;
   std::vector<char> keys, values;
 #ifdef CALIDROP_WORDS
-  words::Words<true> left;
+  std::vector<words::Words<true>> left;  // one per part of a row
   words::Words<false> right;
 #endif
 #ifdef CALIDROP_AMX
@@ -23,7 +23,7 @@ struct Scratch {
 // rows of codes that are converted to floats
 template <int BITS> struct Converted : Codes<BITS> {
 #ifdef CALIDROP_WORDS
-  static constexpr bool reads(int D) { return !words::fits(D); }
+  static constexpr bool reads(int D) { return !words::part<BITS>(D); }
 #endif
 };
 
@@ -37,7 +37,11 @@ template <int BITS> void orders(int D, int Dv, [[maybe_unused]] bool tiles, Scra
   w.k_order.resize(D), w.v_order.resize(Dv);
   plane_order<BITS>(D, w.k_order.data()), plane_order<BITS>(Dv, w.v_order.data());
 #ifdef CALIDROP_WORDS
-  if (words::fits(D)) words::code_order<BITS>(D, w.k_order.data());
+  if (const int part = words::part<BITS>(D))
+    for (int g = 0; g < D; g += part) {
+      words::code_order<BITS>(part, w.k_order.data() + g);
+      for (int i = g; i < g + part; ++i) w.k_order[i] += g;
+    }
   if (words::fits(Dv)) words::sum_order<BITS>(Dv, w.v_order.data());
 #endif
 #ifdef CALIDROP_AMX
@@ -95,10 +99,22 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     for (int d = 0; d < D; ++d) w.q[r * D + d] = mine[w.k_order[d]];
   }
 #ifdef CALIDROP_WORDS
+  const int part = words::part<BITS>(D), parts = part ? D / part : 0;
   if (!tiles) {
-    w.left.size(c.R, D), w.right.size(c.R, SCORES);
-    w.left.set(w.q.data(), D, D);
+    w.right.size(c.R, SCORES);
+    w.left.resize(std::max<size_t>(w.left.size(), parts));
+    for (int g = 0; g < parts; ++g) w.left[g].size(c.R, part), w.left[g].set(w.q.data() + g * part, D, part);
   }
+  const auto dots = [&](const char* rows, int n) {
+    words::dots<BITS>(rows, keys.step, n, part, w.left[0], c.R, w.s.data());
+    for (int g = 1; g < parts; ++g) {
+      w.of_part.resize(c.R * SCORES);
+      words::dots<BITS>(rows + g * part * BITS / 8, keys.step, n, part, w.left[g], c.R, w.of_part.data());
+      for (int r = 0; r < c.R; ++r)
+        for (int i = r * SCORES; i < r * SCORES + n; i += 16)
+          store(w.s.data() + i, load<V>(w.s.data() + i) + load<V>(w.of_part.data() + i));
+    }
+  };
 #endif
   const int most = tiles ? 64 : SCORES;
   const auto block = [&](int64_t t) { return static_cast<int>(std::min<int64_t>(most, at.to - t)); };
@@ -133,8 +149,8 @@ void per_token(const Call& c, const Piece& x, const Stretch& at, Answer& a, Scra
     } else
 #endif
 #ifdef CALIDROP_WORDS
-    if (words::fits(D))
-      words::dots<BITS>(rows, keys.step, n, D, w.left, c.R, w.s.data());
+    if (parts)
+      dots(rows, n);
     else
 #endif
       dots_of<Converted<BITS>>(D, rows, keys.step, w.q.data(), w.s.data(), n, c.R);

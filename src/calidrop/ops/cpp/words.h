@@ -139,8 +139,8 @@ template <int BITS, class F> inline auto of_chunk(int n, F f) {
   return f(Chunk<BITS, REGISTER>{});
 }
 
-// whether rows of n codes can be read
-constexpr bool fits(int n) { return n % 32 == 0 && n <= ROWS; }
+// whether sums over rows of n codes can be made
+constexpr bool fits(int n) { return n % 32 == 0; }
 
 // which code of a row of n `dots` multiplies with number i of a query
 template <int BITS> inline void code_order(int n, int* order) {
@@ -333,9 +333,16 @@ template <int BITS, int J> inline void all_dots(const char* k, int64_t step, int
   }
 }
 
-// whether rows of n codes are among those that `dots` reads
+// whether rows of n codes are among those that `dots` reads; of many bytes the sums could be too large
 template <int BITS> constexpr bool multiplies(int n) {
-  return n * BITS % 128 == 0 && (n == 32 || n == 64 || n == 96 || n == 128 || n == 192 || n == 256);
+  const bool long_one = BITS < 8 && (n == 512 || n == 576);
+  return n * BITS % 128 == 0 && (n == 32 || n == 64 || n == 96 || n == 128 || n == 192 || n == 256 || long_one);
+}
+
+// of the equal parts in which it reads them; 0 where it cannot
+template <int BITS> constexpr int part(int n) {
+  if (multiplies<BITS>(n)) return n;
+  return BITS == 8 && n == 512 ? 256 : BITS == 8 && n == 576 ? 192 : 0;
 }
 
 // for the widths of rows.h, which fill whole sixteen bytes
@@ -350,6 +357,8 @@ template <int BITS> inline void dots(const char* k, int64_t step, int n, int cod
     case 128: return of(std::integral_constant<int, 128>{});
     case 192: return of(std::integral_constant<int, 192>{});
     case 256: return of(std::integral_constant<int, 256>{});
+    case 512: return of(std::integral_constant<int, 512>{});
+    case 576: return of(std::integral_constant<int, 576>{});
   }
 }
 
