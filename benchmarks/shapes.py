@@ -1,4 +1,5 @@
-"""Decoding of models whose weights are not at hand: a few layers of their shapes with random weights, which are as fast.
+"""Decoding of models whose weights are not at hand: a few layers of their shapes, with random weights, which are as
+fast.
 
 python -m benchmarks.shapes [--shape deepseek-v2-lite] [--layers N] [--contexts 4096] [--batches 1] [--dtype bfloat16]
                             [--recipe R ...] [--rounds 3] [--steps 4] [--json OUT]
@@ -46,9 +47,9 @@ def made(shape: str, layers: int | None, dtype: torch.dtype, **changes: Any) -> 
     kind, usual, given = SHAPES[shape]
     n = layers or usual
     given = {**given, "num_hidden_layers": n, "vocab_size": WORDS, "max_position_embeddings": 1 << 17, **changes}
-    if kind == "gemma3n_text":  # a third of its layers have no keys and values, and all types of layers are among them
-        given |= {"vocab_size_per_layer_input": WORDS, "num_kv_shared_layers": n // 3,
-                  "intermediate_size": [given["intermediate_size"]] * n, "activation_sparsity_pattern": [0.0] * n}  # fmt: skip
+    if kind == "gemma3n_text":  # a third of its layers ask the keys and values of others
+        given |= {"vocab_size_per_layer_input": WORDS, "num_kv_shared_layers": n // 3}
+        given |= {"intermediate_size": [given["intermediate_size"]] * n, "activation_sparsity_pattern": [0.0] * n}
     elif "first_k_dense_replace" in given:
         given |= {"mlp_layer_types": ["dense"] * n}
     torch.manual_seed(0)

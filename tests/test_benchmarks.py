@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from benchmarks import decode, huge, linear, prefill
+from benchmarks import decode, huge, linear, prefill, shapes
 
 import calidrop.linear
+import calidrop.mla
+import calidrop.shared
 from test_cli import tiny  # noqa: F401 (a fixture)
 
 
@@ -120,6 +122,38 @@ def test_linear(tiny, tmp_path, monkeypatch):  # noqa: F811
     each = [{torch.nn.Linear}] * 2 + [{calidrop.linear.Linear}] * 2
     assert [kind for _, kind in kinds] == each * 3
     assert kinds[-1][0] == kinds[0][0] - 1  # a prompt's rows do not go through the head
+
+
+LATENT, SHARED = calidrop.mla.LatentKV, calidrop.shared.SharedKV
+KINDS = {"deepseek-v2-lite": LATENT, "glm-4.7-flash": LATENT, "gemma-3n-e2b": SHARED, "llama-3.1-8b": None}
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_shapes(shape, tmp_path, monkeypatch):
+    kind, layers, given = shapes.SHAPES[shape]
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if KINDS[shape] is LATENT:
+        small |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        small |= {"q_lora_rank": 16, "num_key_value_heads": 4}
+    else:
+        small |= {"head_dim": 16}
+    monkeypatch.setitem(shapes.SHAPES, shape, (kind, layers, {**given, **small}))
+    monkeypatch.setattr(shapes, "WORDS", 100)
+    out, recipes, caches = tmp_path / "rows.json", ("full", "snapkv(budget=40)+int4"), []
+    named = [word for recipe in recipes for word in ("--recipe", recipe)]
+    sizes = "--contexts", "96", "--batches", "1,2", "--rounds", "1", "--steps", "1", "--threads", "1"
+    monkeypatch.setattr(sys, "argv", ["shapes", "--shape", shape, *named, *sizes, "--json", str(out)])
+    size = decode.size
+    monkeypatch.setattr(decode, "size", lambda cache: caches.append(cache) or size(cache))
+    shapes.main()
+    told = json.loads(out.read_text())
+    rows = {(r["batch"], r["cache"]): r for r in told["rows"]}
+    assert told["machine"].startswith(f"{shape}, {layers} layers")
+    assert {(b, name) for b in (1, 2) for name in (*recipes, decode.FULL)} <= set(rows)
+    for b in (1, 2):
+        assert rows[b, recipes[1]]["device_bytes"] < rows[b, recipes[0]]["device_bytes"]
+    ours = [layer for cache in caches if isinstance(cache, calidrop.KVCache) for layer in cache.layers_here]
+    assert {type(layer) for layer in ours} - {calidrop.layer.LayerKV} == {KINDS[shape]} - {None}
 
 
 def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811

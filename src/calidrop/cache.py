@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache
 
 from calidrop import ops
 from calidrop.holding import Holding
-from calidrop.latent import LatentKV, latent_modules, let_through
 from calidrop.layer import LayerKV
+from calidrop.mla import LatentKV, latent_modules, let_through
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
 from calidrop.plugin import ASSISTED, ATTENTION, called_from
@@ -28,11 +28,11 @@ from calidrop.stateful import State, StatefulKV, changed, state_of
 from calidrop.steps import Steps
 from calidrop.support import (
     attention_modules,
+    caches_latents,
     check_model,
     check_plain,
     heads_of,
     key_sample,
-    latent,
     layer_kinds,
     others,
     rope_of,
@@ -76,7 +76,7 @@ class KVCache(Cache):
             return lambda: self.recipe.plan(layer)
 
         both, every = states(config), dict(self.others)
-        latents = latent_modules(model) if latent(config) else {}
+        latents = latent_modules(model) if caches_latents(config) else {}
         for kind in {type(module) for module in latents.values()}:
             let_through(kind)
         for i, (layer, reach) in zip(layer_kinds(config), layers, strict=True):
@@ -235,7 +235,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     config = check_model(model)
     kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
     whole = [i for i, reach in kinds.items() if reach is None]
-    shapes, asked, own_values = heads_of(config), sharing(config), 0 if latent(config) else None
+    shapes, asked, own_values = heads_of(config), sharing(config), 0 if caches_latents(config) else -1
     for _, kv_heads, _ in (shapes[i] for i in kinds):
         if kv_heads % heads.size:
             raise ValueError(

@@ -41,13 +41,13 @@ class Layer:
     head_dim: int
     rope: Rope | None
     heads: HeadGroup
-    value_dim: int | None = None
+    value_dim: int = -1
     model_type: str = ""
     sample: Tensor | None = None
     asking: int = 1
 
     def __post_init__(self) -> None:
-        if self.value_dim is None:
+        if self.value_dim < 0:
             object.__setattr__(self, "value_dim", self.head_dim)
 
 

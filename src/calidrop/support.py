@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from calidrop.latent import latent_modules, refusal
+from calidrop.mla import latent_modules, refusal
 from calidrop.rope import Rope
 
 # Models whose attention does not hand keys and values to the attention interface untouched.
@@ -41,7 +41,7 @@ def check_model(model: Any) -> Any:
     reason = REFUSED.get(text.model_type)
     if reason is None and getattr(config, "is_encoder_decoder", False):
         reason = "encoder-decoder models are not supported"
-    if reason is None and latent(text):
+    if reason is None and caches_latents(text):
         reason = _unlike(model, text)
     if reason is None and not _uses_interface(model, text):
         reason = "its attention does not use transformers' attention interface"
@@ -71,7 +71,7 @@ def _unlike(model: Any, text: Any) -> str | None:
     return next((f"multi-head latent attention: {why}" for m in modules.values() if (why := refusal(m))), None)
 
 
-def latent(config: Any) -> bool:
+def caches_latents(config: Any) -> bool:
     """Whether its layers with keys and values cache latents in place of these (multi-head latent attention)."""
     return any(getattr(x, "kv_lora_rank", None) for x in _each(config))
 
@@ -122,7 +122,7 @@ def _first_shared(config: Any) -> int:
 
 def plain(config: Any) -> bool:
     """Whether its layers keep keys and values of their own, as they are, and nothing else."""
-    return not stateful(config) and not sharing(config) and not latent(config)
+    return not stateful(config) and not sharing(config) and not caches_latents(config)
 
 
 def check_plain(model: Any, what: str) -> None:
@@ -133,7 +133,7 @@ def check_plain(model: Any, what: str) -> None:
         raise ValueError(
             f"{what} needs layers with keys and values and nothing else; {name} has layers of kind {', '.join(kinds)}"
         )
-    if latent(text):
+    if caches_latents(text):
         raise ValueError(f"{what} needs keys and values; {name} caches latents (multi-head latent attention)")
     if n := sum(asking - 1 for asking in sharing(text).values()):
         raise ValueError(
@@ -155,7 +155,7 @@ def heads_of(config: Any) -> list[tuple[int, int, int]]:
     found = []
     for x in _each(config):
         q_heads = x.num_attention_heads
-        if latent(x):
+        if caches_latents(x):
             found.append((q_heads, 1, x.kv_lora_rank + x.qk_rope_head_dim))
             continue
         kv_heads = getattr(x, "num_key_value_heads", None) or q_heads
@@ -191,7 +191,7 @@ def _kinds(config: Any) -> list[str]:
 def rope_of(model: Any) -> Rope | None:
     """The rotary frequencies of the full-attention layers; None if there are none, or not in half-split layout."""
     text = check_model(model)
-    if text.model_type in INTERLEAVED or latent(text):
+    if text.model_type in INTERLEAVED or caches_latents(text):
         return None
     for module in model.modules():
         for name in ("full_attention_inv_freq", "inv_freq"):

@@ -19,7 +19,7 @@ from calidrop.state import gather
 @dataclass
 class Tokens:
     """k: [B,H,N,D], v: [B,H,N,Dv], rotated keys in the model's dtype; v has no channels where values are the keys
-    themselves (latents of multi-head latent attention, `latent.py`). pos: int32 [B,H,N], the column of the token in
+    themselves (latents of multi-head latent attention, `mla.py`). pos: int32 [B,H,N], the column of the token in
     the padded input; -1 marks an empty slot (left pads, and heads that hold fewer tokens than others).
     stats: named per-token columns [B,H,N]; they travel with every selection.
     dense: True when no slot is known to be empty (lets attention skip the check).

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import calidrop
-from calidrop import latent, ops, tee
+from calidrop import mla, ops, tee
 from calidrop.attention import Queries, attend
 from calidrop.cache import layers_of
 from calidrop.eval.subject import fill, together
-from calidrop.latent import LatentKV, Up, latent_modules
 from calidrop.layer import LayerKV
+from calidrop.mla import LatentKV, Up, latent_modules
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
 from calidrop.planning import plan
@@ -51,6 +51,7 @@ FAMILIES = {
     "longcat_flash": {"n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 0, "expert_ffn_hidden_size": 32,
                       "ffn_hidden_size": 32, "num_layers": 2},
     "axk1": EXPERTS,
+    "mistral4": EXPERTS,
     "kimi_linear": EXPERTS | HYBRID,
     "bailing_hybrid": EXPERTS | HYBRID,
 }  # fmt: skip
@@ -75,6 +76,8 @@ ALL = [
 def made(family: str = "deepseek_v3", **changes) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **LATENTS, **FAMILIES[family], **changes})
     torch.manual_seed(1)
+    if family == "mistral4":  # which no auto class makes by itself
+        return transformers.Mistral4ForCausalLM(config).float().eval()
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -131,7 +134,7 @@ def test_whatever_is_dropped_answers_when_it_is_asked(family, every):
 def pair(recipe: str, group: int = 6, D: int = 32):
     """A layer whose values are its keys, and one that is given them twice."""
     how = parse(recipe)
-    return [LayerKV(lambda n=n: how.plan(Layer(1, 3, group, 1, D, None, HeadGroup(), n))) for n in (0, None)]
+    return [LayerKV(lambda n=n: how.plan(Layer(1, 3, group, 1, D, None, HeadGroup(), n))) for n in (0, -1)]
 
 
 @pytest.mark.parametrize("wish", ["torch", ""])
@@ -346,7 +349,7 @@ def test_models_can_be_copied_and_kept(model):
     again, _ = generate(model, inputs, calidrop.KVCache(model), new=4)
     assert torch.equal(want, again)
     kind = type(next(iter(latent_modules(model).values())))
-    latent.let_through(kind)
+    mla.let_through(kind)
     assert not hasattr(kind.expand_kv.original, "original")
 
 

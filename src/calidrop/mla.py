@@ -2,8 +2,8 @@
 carries its position, [R + P] numbers that all heads share, and keys and values of a head are linear in them.
 
 transformers makes keys and values of all cached latents at every step. Here queries go to the latents instead, which is
-the same product in another order (DeepSeek-V2, arXiv 2405.04434, sec. 2.1.2 and app. B): a token is one key of R + P
-numbers for all query heads, and its own value; the mean of latents that a head is answered becomes its value at the
+the same product in another order (DeepSeek-V2, arXiv 2405.04434, sec. 2.1.2): a token is one key of R + P numbers for
+all query heads, and its own value; the mean of latents that a head is answered becomes its value at the
 end. Prompts are attended as transformers does, by their own keys and values.
 """
 
