@@ -216,6 +216,25 @@ def test_a_kernel_answers_as_torch_does(model, recipe, monkeypatch):
 
 
 @torch.no_grad()
+def test_column_sums_are_those_of_all_heads(monkeypatch):
+    """Where a kernel finds them beside a prompt's answers, and where they are found afterwards."""
+    model, found = made(qk_nope_head_dim=24, v_head_dim=32), []
+    inputs = batch(2, 61, (0, 13))
+    for wish in ("torch", ""):
+        told, both = [], ops.prompt_with_mass
+        with kernels(monkeypatch, wish), monkeypatch.context() as patch:
+            patch.setattr(ops, "prompt_with_mass", lambda *x, both=both, told=told: told.append(both(*x)) or told[-1])
+            cache = calidrop.KVCache(model, "h2o(budget=20)", eager=True)
+            model(**inputs, **using(cache))
+        assert len(told) == 3 and all((mass is None) == bool(wish) for _, mass in told)
+        found.append([layer.state.store.kept.tokens()[0] for layer in cache.layers])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x.pos, y.pos) and x.stats.keys() == y.stats.keys() != set()
+        for name, value in x.stats.items():
+            torch.testing.assert_close(value, y.stats[name], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_beams_score_as_the_same_tokens_one_by_one(model, recipe):
     ids = batch(1, 45, (0,))["input_ids"]

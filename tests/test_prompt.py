@@ -18,11 +18,12 @@ from calidrop.tokens import Tokens
         *((N, T, window) for N, T in ((20, 11), (41, 40), (40, 25)) for window in (1, 5, 7, 10, 30)),
     ],
 )
-def test_a_sliding_window(N, T, window, pads, monkeypatch):
+@pytest.mark.parametrize("Dv", [16, 10])
+def test_a_sliding_window(N, T, window, pads, Dv, monkeypatch):
     """Two rows with left pads; the last T of N columns ask. No mask is made and no score is computed by `attend`."""
     monkeypatch.setattr(ops, "oracle", None)
     B, H, G, D = 2, 2, 3, 16
-    k, v, q = *torch.randn(2, B, H, N, D), torch.randn(B, H * G, T, D)
+    k, v, q = torch.randn(B, H, N, D), torch.randn(B, H, N, Dv), torch.randn(B, H * G, T, D)
     column = torch.arange(N, dtype=torch.int32).expand(B, N).clone()
     for row, n in enumerate(pads):
         column[row, :n] = -1

@@ -200,8 +200,10 @@ def test_a_kernel_answers_as_torch_does(model, recipe, monkeypatch):
     inputs, found = batch(), []
     for wish in ("torch", ""):
         with kernels(monkeypatch, wish):
-            found.append(generate(model, inputs, calidrop.KVCache(model, recipe))[1])
+            cache = calidrop.KVCache(model, recipe)
+            found.append(generate(model, inputs, cache)[1])
     assert 0 < worst(*found) < (5e-2 if "int8" in recipe or "kivi" in recipe else 1e-3)  # codes may flip
+    assert [cache.layers[i].by for i in (0, 2)] == ["the kernel for CPUs"] * 2  # in windows
 
 
 @torch.no_grad()
@@ -233,19 +235,20 @@ def test_chunks_and_a_second_turn(model, recipe):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES[:2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_repeated_chosen_and_forgotten(family):
+def test_rows_are_repeated_chosen_and_forgotten(family, recipe):
     model, inputs = shared(family), batch(2, 61, (0, 0))
     given = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(2))
 
     def told(cache, ids):
         return torch.cat([model(ids[:, i : i + 1], **using(cache)).logits for i in range(5)], 1)
 
-    cache = calidrop.KVCache(model, RECIPES[0])
+    cache = calidrop.KVCache(model, recipe)
     model(**inputs, **using(cache))
     cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
     cache.batch_select_indices(torch.tensor([3, 0, 1]))
-    got, cache = told(cache, given[[1, 0, 0]]), calidrop.KVCache(model, RECIPES[0])
+    got, cache = told(cache, given[[1, 0, 0]]), calidrop.KVCache(model, recipe)
     for _ in range(2):
         model(**inputs, **using(cache))
         assert worst(got, told(cache, given)[[1, 0, 0]]) < 5e-4
@@ -261,6 +264,9 @@ def test_a_prompt_is_compressed_when_the_last_layer_has_asked(model):
         model(**inputs, **using(cache))
     assert [held_bytes(x.state) for x in eager.layers] < [held_bytes(x.state) for x in later.layers]
     assert all(x.own is None for cache in (eager, later) for x in cache.layers if isinstance(x, SharedKV))
+    beside = later.layers[1].state.obs.beside
+    assert len(beside) == 3  # one query each of those that ask what sees all, and nothing of the prompt's others
+    assert [(held_bytes(x.q), held_bytes(x.pos)) for x in beside] == [(6 * 16 * 4, 4)] * 3
     later.compress()
     assert [held_bytes(x.state) for x in eager.layers] == [held_bytes(x.state) for x in later.layers]
     by_generate = calidrop.KVCache(model, RECIPES[0])
@@ -285,6 +291,13 @@ def test_a_pass_that_broke_off_does_not_stand_in_the_way(model):
     assert cache.layers[1].state.store.kept.held.longest == 24 - 8
     out = model(inputs["input_ids"][:, :1], **using(cache))
     assert out.logits.isfinite().all() and cache.get_seq_length() == 62
+    again = calidrop.KVCache(model, "snapkv(budget=24, recent=8)")
+    hook = decoder.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, **using(again))
+    hook.remove()
+    same = model(inputs["input_ids"][:, :1], **using(again))  # without a look at its bytes before
+    assert [layer.state.seen for layer in again.layers] == [62] * 3 and torch.equal(same.logits, out.logits)
     layer = cache.layers[1]
     with pytest.raises(RuntimeError, match="4 layers share keys and values, and more have asked"):
         layer.attend(torch.randn(1, 6, 1, 16), PositionMask(), 1.0, None, None)
@@ -314,6 +327,15 @@ def test_what_needs_keys_of_its_own_says_so(model):
     model = shared("gemma4_text", num_kv_shared_layers=8)
     with pytest.raises(ValueError, match="none of its layers has keys and values of its own"):
         calidrop.KVCache(model)
+
+
+def test_masks_are_cut_to_the_last_queries_alone():
+    mask = PositionMask()
+    assert mask[:, :, slice(-3, None), :] is mask
+    for index in ((slice(None), slice(None), slice(None), slice(0, 5)), (slice(None),) * 3,
+                  (slice(None), slice(None), slice(0, 3), slice(None))):  # fmt: skip
+        with pytest.raises(TypeError, match="can be cut to the last queries"):
+            mask[index]
 
 
 def test_which_layers_ask_which():

@@ -144,9 +144,6 @@ class LatentKV(LayerKV):
     def _block(
         self, qs: Queries, new: Tokens, before: int, sink: Tensor | None, sums: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.reach is not None:
-            o, lse, _ = super()._block(qs, new, before, sink)
-            return self.up.valued(o), lse, None
         s, mass = self.state, None
         parts = s.store.attend(qs) if s.store else []
         if before:

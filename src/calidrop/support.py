@@ -66,6 +66,8 @@ def _unlike(model: Any, text: Any) -> str | None:
         return "its layers cache latents of several sizes"
     if any(i not in modules for i in layer_kinds(text)):
         return "its multi-head latent attention is not made as transformers 5.17 and newer make it"
+    if any(layer_kinds(text).values()):
+        return "layers with multi-head latent attention that see a window are not known"
     if getattr(text, "index_topk", None):
         return "an indexer of its own picks the tokens that are attended to"
     return next((f"multi-head latent attention: {why}" for m in modules.values() if (why := refusal(m))), None)
