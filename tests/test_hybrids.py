@@ -8,6 +8,7 @@ import transformers
 from transformers import DynamicCache
 
 import calidrop
+import seam
 from calidrop import support, tee
 from calidrop.eval.subject import fill, together
 from calidrop.planning import plan
@@ -15,8 +16,7 @@ from calidrop.plugin import using
 from calidrop.state import held_bytes
 from calidrop.stateful import state_of
 from calidrop.support import HYBRIDS, check_plain, layer_kinds, others, plain, states
-from helpers import kernels
-from tiny import COMMON, batch, generate, row, soft, tiny, worst
+from tiny import COMMON, batch, generate, soft, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
     pytest.skip("an older transformers", allow_module_level=True)
@@ -111,62 +111,23 @@ def test_layers_with_keys_are_compressed_and_bytes_are_all_there(family):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "nemotron_h"])
 def test_padded_row_equals_row_alone(family, recipe, monkeypatch):
-    model, inputs = hybrid(family), batch(3, 61, (0, 13, 50))
-    with kernels(monkeypatch, "torch"):
-        tokens, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-        for i in range(3):
-            alone, alone_logits = generate(model, row(inputs, i), calidrop.KVCache(model, recipe))
-            assert worst(logits[i : i + 1], alone_logits) < limit(recipe), f"row {i}"
-            assert torch.equal(tokens[i : i + 1], alone)
+    seam.padded_rows_are_as_alone(hybrid(family), recipe, limit(recipe), monkeypatch)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "falcon_h1"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_beams_score_as_the_same_tokens_one_by_one(family, recipe):
-    model, ids = hybrid(family), batch(1, 45, (0,))["input_ids"]
-    out = model.generate(
-        ids, **using(calidrop.KVCache(model, recipe)), num_beams=3, max_new_tokens=12, do_sample=False,
-        length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
-    )  # fmt: skip
-    tokens, cache = out.sequences[:, 45:], calidrop.KVCache(model, recipe)
-    logits = [model(ids, **using(cache)).logits[:, -1]]
-    logits += [model(tokens[:, i : i + 1], **using(cache)).logits[:, -1] for i in range(11)]
-    score = torch.stack(logits, 1).log_softmax(-1).gather(2, tokens[..., None]).sum()
-    assert worst(score, out.sequences_scores) < 1e-3
+    seam.beams_score_as_their_tokens(hybrid(family), recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_chunks_and_a_second_turn(model, recipe):
-    inputs = batch(1, 61, (0,))
-    want, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-    cache = calidrop.KVCache(model, recipe)
-    got, in_chunks = generate(model, inputs, cache, prefill_chunk_size=20)
-    assert torch.equal(want, got) and worst(logits, in_chunks) < limit(recipe)
-    more = torch.cat([inputs["input_ids"], got, batch(1, 30, (0,), 5)["input_ids"]], 1)
-    turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    told, _ = generate(model, turn, cache, new=8)
-    assert told.shape == (1, 8) and cache.get_seq_length() == more.shape[1] + 7
+    seam.chunks_are_as_one_prompt(model, recipe, limit(recipe))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "falcon_h1"])
 def test_rows_are_repeated_chosen_and_forgotten(family):
-    model, inputs = hybrid(family), batch(2, 61, (0, 0))
-    steps = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(2))
-
-    def told(cache, steps):
-        return torch.cat([model(steps[:, i : i + 1], **using(cache)).logits for i in range(5)], 1)
-
-    cache = calidrop.KVCache(model, RECIPES[0])
-    model(**inputs, **using(cache))
-    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
-    cache.batch_select_indices(torch.tensor([3, 0, 1]))
-    got, cache = told(cache, steps[[1, 0, 0]]), calidrop.KVCache(model, RECIPES[0])
-    for _ in range(2):
-        model(**inputs, **using(cache))
-        assert worst(got, told(cache, steps)[[1, 0, 0]]) < 5e-4
-        cache.reset()
+    seam.rows_are_repeated_chosen_and_forgotten(hybrid(family), RECIPES[0])
 
 
 def test_full_goes_on_as_a_dynamic_cache_does(model):

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import calidrop
+import seam
 from calidrop import mla, ops, tee
 from calidrop.attention import Queries, attend
 from calidrop.cache import layers_of
-from calidrop.eval.subject import fill, together
 from calidrop.layer import LayerKV
 from calidrop.mla import LatentKV, Up, latent_modules
 from calidrop.parallel import HeadGroup
@@ -27,7 +27,7 @@ from calidrop.support import HYBRIDS, check_plain
 from calidrop.tokens import Tokens
 from helpers import check_holdings, kernels, predictor
 from test_properties import EVICTORS, check_bytes, check_tokens, steps
-from tiny import COMMON, batch, generate, row, soft, tiny, worst
+from tiny import COMMON, batch, generate, soft, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
     pytest.skip("an older transformers", allow_module_level=True)
@@ -195,13 +195,7 @@ def test_the_kernel_reads_latents_of_real_sizes(D, group, T, dtype):
 def test_padded_row_equals_row_alone(family, recipe, monkeypatch):
     if family not in HERE:
         pytest.skip("a transformers without it")
-    model, inputs = made(family), batch(3, 61, (0, 13, 50))
-    with kernels(monkeypatch, "torch"):
-        tokens, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-        for i in range(3):
-            alone, alone_logits = generate(model, row(inputs, i), calidrop.KVCache(model, recipe))
-            assert worst(logits[i : i + 1], alone_logits) < (5e-3 if "int" in recipe else 5e-4), f"row {i}"
-            assert torch.equal(tokens[i : i + 1], alone)
+    seam.padded_rows_are_as_alone(made(family), recipe, 5e-3 if "int" in recipe else 5e-4, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -234,35 +228,14 @@ def test_column_sums_are_those_of_all_heads(monkeypatch):
             torch.testing.assert_close(value, y.stats[name], atol=1e-4, rtol=1e-4)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_beams_score_as_the_same_tokens_one_by_one(model, recipe):
-    ids = batch(1, 45, (0,))["input_ids"]
-    out = model.generate(
-        ids, **using(calidrop.KVCache(model, recipe)), num_beams=3, max_new_tokens=12, do_sample=False,
-        length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
-    )  # fmt: skip
-    tokens, cache = out.sequences[:, 45:], calidrop.KVCache(model, recipe)
-    logits = [model(ids, **using(cache)).logits[:, -1]]
-    logits += [model(tokens[:, i : i + 1], **using(cache)).logits[:, -1] for i in range(11)]
-    score = torch.stack(logits, 1).log_softmax(-1).gather(2, tokens[..., None]).sum()
-    assert worst(score, out.sequences_scores) < 1e-3
+    seam.beams_score_as_their_tokens(model, recipe)
 
 
 @pytest.mark.parametrize("recipe", ["full", *RECIPES])
 def test_chunks_and_a_second_turn(model, recipe):
-    inputs = batch(1, 61, (0,))
-    want, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-    cache = calidrop.KVCache(model, recipe)
-    got, in_chunks = generate(model, inputs, cache, prefill_chunk_size=20)
-    assert torch.equal(want, got) and worst(logits, in_chunks) < 5e-3
-    more = torch.cat([inputs["input_ids"], got, batch(1, 30, (0,), 5)["input_ids"]], 1)
-    turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    told, after = generate(model, turn, cache, new=8)
-    assert told.shape == (1, 8) and cache.get_seq_length() == more.shape[1] + 7
-    if recipe == "full":
-        _, fresh = generate(model, turn, calidrop.KVCache(model), new=8)
-        assert worst(after, fresh) < 2e-4
+    seam.chunks_are_as_one_prompt(model, recipe, 5e-3)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -275,23 +248,9 @@ def test_speculation_gives_what_plain_decoding_gives(model, recipe):
     assert torch.equal(plain, got)
 
 
-@torch.no_grad()
-def test_rows_are_repeated_chosen_and_forgotten(model):
-    inputs = batch(2, 61, (0, 0))
-    given = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(2))
-
-    def told(cache, ids):
-        return torch.cat([model(ids[:, i : i + 1], **using(cache)).logits for i in range(5)], 1)
-
-    cache = calidrop.KVCache(model, RECIPES[1])
-    model(**inputs, **using(cache))
-    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
-    cache.batch_select_indices(torch.tensor([3, 0, 1]))
-    got, cache = told(cache, given[[1, 0, 0]]), calidrop.KVCache(model, RECIPES[1])
-    for _ in range(2):
-        model(**inputs, **using(cache))
-        assert worst(got, told(cache, given)[[1, 0, 0]]) < 5e-4
-        cache.reset()
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+def test_rows_are_repeated_chosen_and_forgotten(model, recipe):
+    seam.rows_are_repeated_chosen_and_forgotten(model, recipe)
 
 
 def test_what_does_not_work_on_latents_says_so(model):
@@ -391,17 +350,7 @@ def test_a_plan_and_an_evaluation(model):
     )  # fmt: skip
     recipes = ["full", "snapkv(budget=64)+int4", "snapkv(budget=64)+calidrop", "h2o(budget=64)"]
     advice = plan(model, context=512, memory="1GiB", recipes=recipes)
-    for option in advice.options:
-        cache = calidrop.KVCache(model, option.recipe, eager=True)
-        with torch.no_grad():
-            model(torch.randint(3, 97, (1, 512)), **using(cache))
-        assert (cache.nbytes, cache.host_nbytes) == (option.device_bytes, option.host_bytes)
+    seam.plans_are_what_is_held(model, advice)
     assert advice.full_bytes == calidrop.planning._full(layers_of(model), 512, 1, torch.float32) == 3 * 512 * 32 * 4
     assert {o.recipe for o in plan(model.config, context=4096, memory="1GiB").options} > {"full", "int4"}
-    assert together(model, 2) == 1
-    ids = torch.randint(3, 97, (61,), generator=torch.Generator().manual_seed(3))
-    (subject,) = fill(model, ["snapkv(budget=24, recent=8)+calidrop"], ids)
-    saved = subject.saved()
-    first = subject.feed(ids[:5])
-    subject.restore(saved)
-    assert torch.equal(first, subject.feed(ids[:5]))
+    seam.an_evaluation_goes_back(model, "snapkv(budget=24, recent=8)+calidrop")

@@ -8,10 +8,10 @@ import transformers
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import calidrop
+import seam
 from calidrop import tee
 from calidrop.attention import Queries, attend, merge
 from calidrop.cache import layers_of
-from calidrop.eval.subject import fill, together
 from calidrop.layer import LayerKV
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
@@ -24,7 +24,7 @@ from calidrop.state import held_bytes
 from calidrop.support import HYBRIDS, check_plain, layer_kinds, sharing
 from helpers import check_holdings, kernels
 from test_properties import ALONE, EVICTORS, RESTS, STORAGES, check_bytes, check_tokens, steps
-from tiny import COMMON, batch, generate, row, soft, tiny, worst
+from tiny import COMMON, batch, generate, soft, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
     pytest.skip("an older transformers", allow_module_level=True)
@@ -186,13 +186,7 @@ def test_each_layer_is_remembered_by_its_own_queries(rest, wish, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_row_equals_row_alone(family, recipe, monkeypatch):
-    model, inputs = shared(family), batch(3, 61, (0, 13, 50))
-    with kernels(monkeypatch, "torch"):
-        tokens, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-        for i in range(3):
-            alone, alone_logits = generate(model, row(inputs, i), calidrop.KVCache(model, recipe))
-            assert worst(logits[i : i + 1], alone_logits) < 2e-4, f"row {i}"
-            assert torch.equal(tokens[i : i + 1], alone)
+    seam.padded_rows_are_as_alone(shared(family), recipe, 2e-4, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -206,53 +200,20 @@ def test_a_kernel_answers_as_torch_does(model, recipe, monkeypatch):
     assert [cache.layers[i].by for i in (0, 2)] == ["the kernel for CPUs"] * 2  # in windows
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_beams_score_as_the_same_tokens_one_by_one(model, recipe):
-    ids = batch(1, 45, (0,))["input_ids"]
-    out = model.generate(
-        ids, **using(calidrop.KVCache(model, recipe)), num_beams=3, max_new_tokens=12, do_sample=False,
-        length_penalty=0.0, return_dict_in_generate=True, output_scores=True, pad_token_id=0,
-    )  # fmt: skip
-    tokens, cache = out.sequences[:, 45:], calidrop.KVCache(model, recipe)
-    logits = [model(ids, **using(cache)).logits[:, -1]]
-    logits += [model(tokens[:, i : i + 1], **using(cache)).logits[:, -1] for i in range(11)]
-    score = torch.stack(logits, 1).log_softmax(-1).gather(2, tokens[..., None]).sum()
-    assert worst(score, out.sequences_scores) < 1e-3
+    seam.beams_score_as_their_tokens(model, recipe)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["full", *RECIPES])
 def test_chunks_and_a_second_turn(model, recipe):
-    inputs = batch(1, 61, (0,))
-    want, logits = generate(model, inputs, calidrop.KVCache(model, recipe))
-    cache = calidrop.KVCache(model, recipe)
-    got, in_chunks = generate(model, inputs, cache, prefill_chunk_size=20)
-    assert torch.equal(want, got) and worst(logits, in_chunks) < 5e-3
-    more = torch.cat([inputs["input_ids"], got, batch(1, 30, (0,), 5)["input_ids"]], 1)
-    turn = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    told, _ = generate(model, turn, cache, new=8)
-    assert told.shape == (1, 8) and cache.get_seq_length() == more.shape[1] + 7
+    seam.chunks_are_as_one_prompt(model, recipe, 5e-3)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("recipe", RECIPES[:2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_repeated_chosen_and_forgotten(family, recipe):
-    model, inputs = shared(family), batch(2, 61, (0, 0))
-    given = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(2))
-
-    def told(cache, ids):
-        return torch.cat([model(ids[:, i : i + 1], **using(cache)).logits for i in range(5)], 1)
-
-    cache = calidrop.KVCache(model, recipe)
-    model(**inputs, **using(cache))
-    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
-    cache.batch_select_indices(torch.tensor([3, 0, 1]))
-    got, cache = told(cache, given[[1, 0, 0]]), calidrop.KVCache(model, recipe)
-    for _ in range(2):
-        model(**inputs, **using(cache))
-        assert worst(got, told(cache, given)[[1, 0, 0]]) < 5e-4
-        cache.reset()
+    seam.rows_are_repeated_chosen_and_forgotten(shared(family), recipe)
 
 
 @torch.no_grad()
@@ -352,17 +313,6 @@ def test_which_layers_ask_which():
 def test_a_plan_and_an_evaluation(model):
     recipes = ["full", "snapkv(budget=64)+int4", "snapkv(budget=64)+calidrop", "h2o(budget=64)"]
     advice = plan(model, context=512, memory="1GiB", recipes=recipes)
-    for option in advice.options:
-        cache = calidrop.KVCache(model, option.recipe, eager=True)
-        with torch.no_grad():
-            model(torch.randint(3, 97, (1, 512)), **using(cache))
-        assert (cache.nbytes, cache.host_nbytes) == (option.device_bytes, option.host_bytes)
-    names = ["snapkv(budget=24, recent=8)+calidrop", "full"]
-    assert together(model, 2) == 1
-    ids = torch.randint(3, 97, (61,), generator=torch.Generator().manual_seed(3))
-    for name in names:
-        (subject,) = fill(model, [name], ids)
-        saved = subject.saved()
-        first = subject.feed(ids[:5])
-        subject.restore(saved)
-        assert torch.equal(first, subject.feed(ids[:5]))
+    seam.plans_are_what_is_held(model, advice)
+    for name in ("snapkv(budget=24, recent=8)+calidrop", "full"):
+        seam.an_evaluation_goes_back(model, name)
