@@ -308,6 +308,11 @@ def test_other_attention_and_a_lost_model_are_no_silent_mistakes():
         model(inputs["input_ids"], **using(cache))
     layer = cache.layers[0]
     layer.update(torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 8))
+    proj = model.model.layers[0].self_attn.kv_b_proj
+    proj.weight = nn.Parameter(proj.weight.to("meta"))
+    with pytest.raises(RuntimeError, match="kv_b_proj are not in memory"):
+        layer.attend(torch.randn(1, 6, 1, 24), PositionMask(), 0.2, None, None)
+    layer.update(torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 8))
     del model
     with pytest.raises(RuntimeError, match="the model of this cache is gone"):
         layer.attend(torch.randn(1, 6, 1, 24), PositionMask(), 0.2, None, None)

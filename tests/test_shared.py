@@ -1,6 +1,7 @@
 """Layers whose keys and values other layers ask, too: Gemma 3n, Gemma 4 E."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -233,6 +234,18 @@ def test_a_prompt_is_compressed_when_the_last_layer_has_asked(model):
     by_generate = calidrop.KVCache(model, RECIPES[0])
     generate(model, inputs, by_generate, new=1)
     assert held_bytes(by_generate.layers[1].state) == held_bytes(eager.layers[1].state)
+
+
+@torch.no_grad()
+def test_nothing_of_a_prompt_stays_beside_what_is_counted():
+    (layer,) = asked("snapkv(budget=24, recent=8)")
+    layer.update(*torch.randn(2, 1, 2, 61, 16))
+    queries = [torch.randn(1, 4, 61, 16) for _ in range(3)]
+    known = [weakref.ref(q) for q in queries]
+    for q in queries:
+        layer.attend(q, PositionMask(), 0.25, None, None)
+    del q, queries
+    assert [ref() is None for ref in known] == [True] * 3 and layer.state.obs is not None
 
 
 @torch.no_grad()

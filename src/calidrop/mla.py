@@ -44,6 +44,8 @@ class Up:
 
     def __init__(self, module: Any):
         weight, n, dim = module.kv_b_proj.weight, module.qk_nope_head_dim, module.v_head_dim
+        if weight.is_meta:
+            raise RuntimeError("multi-head latent attention: the weights of kv_b_proj are not in memory (offloaded)")
         both = weight.unflatten(0, (-1, n + dim))
         self.keys, self.values, self.rank = both[:, :n], both[:, n:], module.kv_lora_rank
 

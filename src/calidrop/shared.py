@@ -32,7 +32,7 @@ class SharedKV(LayerKV):
         super().reset()
         self.answering = False  # what the layer itself asks
         self.own: Queries | None = None  # what the layer itself asked, while others have not
-        self.over: Callable[[], None] = lambda: None  # what the layer would have done then
+        self.over: Callable[[], None] | None = None  # what the layer would have done then
         self.others: list[Queries] = []  # the last query of each that has asked
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -105,10 +105,10 @@ class SharedKV(LayerKV):
 
     def _over(self) -> None:
         """All have asked, or those that have are all there will be."""
-        if self.own is not None:
+        if self.own is not None and self.over is not None:
             missing = self.asking - 1 - len(self.others)
             self.beside, over = self.others + [_last(self.own)] * missing, self.over
-            self.own, self.others = None, []
+            self.own, self.over, self.others = None, None, []
             over()
 
 
