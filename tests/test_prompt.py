@@ -34,6 +34,19 @@ def test_a_sliding_window(N, T, window, pads, Dv, monkeypatch):
     torch.testing.assert_close(lse, norm, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize(("N", "parts"), [(40, 4), (43, 4), (43, 1), (7, 7), (2600, 10)])
+@pytest.mark.parametrize(("H", "D", "Dv"), [(1, 576, 0), (3, 32, 20)])
+def test_stretches_side_by_side(N, parts, H, D, Dv, monkeypatch):
+    """As a GPU is asked, where one head would be too little for it."""
+    k, v, q = torch.randn(2, H, N + 5, D)[:, :, :N], torch.randn(2, H, N + 5, Dv)[:, :, :N], torch.randn(2, 4 * H, 2, D)
+    pos = torch.arange(N, dtype=torch.int32).expand(2, H, N)
+    qs, t = Queries(q, torch.full((2, 2), N), D**-0.5), Tokens(k, v, pos, dense=True)
+    monkeypatch.setattr(ops, "_stretches", lambda k: parts)
+    monkeypatch.setattr(ops, "oracle", None)
+    for x, y in zip(ops.attend(qs, t), attend(qs, k, v, pos), strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=1e-4, atol=2e-6)
+
+
 def test_gradients_go_through_a_sliding_window():
     k, v, q = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
     pos = torch.arange(20)[None]

@@ -146,10 +146,22 @@ def _others(run: Run) -> Iterator[Check]:
             limit = 1e-5 if exact else 1e-2
             yield f"{what} latents {str(dtype)[6:]}", limit, functools.partial(_latents, run, dtype, asked)
 
+        limit = 1e-4 if exact else 2e-2
+        yield f"wide latents {str(dtype)[6:]}, by torch", limit, functools.partial(_wide, run, dtype)
         yield f"a token to its slot {str(dtype)[6:]}", 0.0, functools.partial(_placed, run, dtype)
         for late in (0, 2):
             what = f"what heads remember {str(dtype)[6:]}" + ", some asked later" * bool(late)
             yield what, 1e-4, functools.partial(_remembered, run, late, dtype)
+
+
+def _wide(run: Run, dtype: torch.dtype) -> float:
+    """Of multi-head latent attention, wider than what a kernel takes; values are the keys."""
+    B, G, N, D = (1, 4, 70, 80) if run.tiny else (2, 16, 3001, 576)
+    t = pieces.tokens(B, 1, N, D, dtype, run.device, False)
+    t.v = t.v[..., :0]
+    qs = pieces.queries(B, G, 1, D, dtype, run.device)
+    (o, lse), (want, total) = ops.attend(qs, t), attend(qs, t.k, t.v, t.pos)
+    return max(relative(o, want), float((lse - total).abs().max()))
 
 
 def _placed(run: Run, dtype: torch.dtype) -> float:

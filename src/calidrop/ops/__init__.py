@@ -47,10 +47,33 @@ def attend(qs: Queries, t: Tokens, bias: Tensor | None = None) -> Partial:
     H = t.k.shape[1]
     if t.dense and bias is None and qs.visible is None and qs.softcap is None:
         # no mask needed, so the group's queries can be packed as rows of one head: keys are read once
-        out = flash(grouped(qs.q, H), t.k, t.values, qs.scale)
+        out = _in_stretches(grouped(qs.q, H), t.k, t.values, qs.scale, _stretches(t.k))
         if out is not None:
             return out[0].reshape(B, Hq, T, -1), out[1].reshape(B, Hq, T)
     return oracle(qs, t.k, t.v, t.pos, bias)
+
+
+def _stretches(k: Tensor) -> int:
+    """How many parts of the tokens k [B,H,N,D] are asked at once: a GPU shares by heads, so one would be one of its
+    processors' work."""
+    heads, N = k.shape[0] * k.shape[1], k.shape[2]
+    return max(1, min(128 // heads, N // 256)) if k.device.type == "cuda" else 1
+
+
+def _in_stretches(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> Partial | None:
+    """`flash`, over so many stretches of equal length side by side, as if they were heads, and what is left of them."""
+    if parts == 1:
+        return flash(q, k, v, scale)
+    H, N = k.shape[1:3]
+    n = N // parts * parts
+    cut_k, cut_v = (x[:, :, :n].unflatten(2, (parts, -1)).flatten(1, 2) for x in (k, v))
+    found = flash(q.repeat_interleave(parts, 1), cut_k, cut_v, scale)
+    rest = flash(q, k[:, :, n:], v[:, :, n:], scale) if n < N else None
+    if found is None or (n < N and rest is None):
+        return None
+    o, lse = (x.unflatten(1, (H, parts)) for x in found)
+    said = [(o[:, :, i], lse[:, :, i]) for i in range(parts)]
+    return merge([*said, rest] if rest is not None else said)
 
 
 def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
