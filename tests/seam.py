@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import calidrop
+from calidrop import tee
 from calidrop.eval.subject import fill, together
 from calidrop.plugin import using
+from calidrop.support import check_plain
 from helpers import kernels
-from tiny import batch, generate, row, worst
+from tiny import batch, generate, row, soft, tiny, worst
 
 
 def padded_rows_are_as_alone(model: nn.Module, recipe: str, limit: float, monkeypatch) -> None:
@@ -70,6 +73,27 @@ def rows_are_repeated_chosen_and_forgotten(model: nn.Module, recipe: str) -> Non
         model(**inputs, **using(cache))
         assert worst(got, told(cache, given)[[1, 0, 0]]) < 5e-4
         cache.reset()
+
+
+def speculation_is_plain_decoding(model: nn.Module, recipe: str) -> None:
+    motif = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    inputs = {"input_ids": motif, "attention_mask": torch.ones_like(motif)}
+    plain, _ = generate(model, inputs, calidrop.KVCache(model, recipe), new=32)
+    cache = calidrop.KVCache(model, recipe)
+    got, _ = generate(model, inputs, cache, new=32, prompt_lookup_num_tokens=4, output_logits=False)
+    assert torch.equal(plain, got)
+
+
+def what_needs_plain_layers_says_so(model: nn.Module, said: str) -> None:
+    """said: what its errors match."""
+    for make in (
+        lambda: calidrop.KVCache(model, compile=True),
+        lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
+        lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
+    check_plain(tiny(), "this")
 
 
 @torch.no_grad()

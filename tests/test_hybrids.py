@@ -9,14 +9,14 @@ from transformers import DynamicCache
 
 import calidrop
 import seam
-from calidrop import support, tee
+from calidrop import support
 from calidrop.eval.subject import fill, together
 from calidrop.planning import plan
 from calidrop.plugin import using
 from calidrop.state import held_bytes
 from calidrop.stateful import state_of
-from calidrop.support import HYBRIDS, check_plain, layer_kinds, others, plain, states
-from tiny import COMMON, batch, generate, soft, tiny, worst
+from calidrop.support import HYBRIDS, layer_kinds, others, plain, states
+from tiny import COMMON, batch, generate, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
     pytest.skip("an older transformers", allow_module_level=True)
@@ -164,14 +164,7 @@ def test_speculation_is_transformers_business():
 
 def test_what_needs_keys_in_every_layer_says_so(model):
     said = r"qwen3_next\) has layers of kind linear_attention"
-    for make in (
-        lambda: calidrop.KVCache(model, compile=True),
-        lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
-        lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
-    ):
-        with pytest.raises(ValueError, match=said):
-            make()
-    check_plain(tiny(), "this")
+    seam.what_needs_plain_layers_says_so(model, said)
     assert not others(tiny().config)
 
 

@@ -10,7 +10,6 @@ from transformers import CONFIG_MAPPING, DynamicCache
 
 import calidrop
 import seam
-from calidrop import tee
 from calidrop.attention import Queries, attend, merge
 from calidrop.cache import layers_of
 from calidrop.layer import LayerKV
@@ -22,10 +21,10 @@ from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.shared import SharedKV
 from calidrop.state import held_bytes
-from calidrop.support import HYBRIDS, check_plain, layer_kinds, sharing
+from calidrop.support import HYBRIDS, layer_kinds, sharing
 from helpers import check_holdings, kernels
 from test_properties import ALONE, EVICTORS, RESTS, STORAGES, check_bytes, check_tokens, steps
-from tiny import COMMON, batch, generate, soft, tiny, worst
+from tiny import COMMON, batch, generate, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
     pytest.skip("an older transformers", allow_module_level=True)
@@ -284,20 +283,13 @@ def test_a_pass_that_broke_off_does_not_stand_in_the_way(model):
 
 def test_what_needs_keys_of_its_own_says_so(model):
     said = re.escape("needs layers with keys and values of their own; 5 layers of Gemma3nForCausalLM")
-    for make in (
-        lambda: calidrop.KVCache(model, compile=True),
-        lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
-        lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
-    ):
-        with pytest.raises(ValueError, match=said):
-            make()
+    seam.what_needs_plain_layers_says_so(model, said)
     with pytest.raises(ValueError, match="cannot look ahead for 4 layers"):
         calidrop.KVCache(model, "attention_predictor(budget=256, skip=0)")
     inputs = batch(1, 61, (0,))
     cache = calidrop.KVCache(model, RECIPES[0])
     with pytest.raises(ValueError, match="no assisted decoding"):
         generate(model, inputs, cache, prompt_lookup_num_tokens=4, output_logits=False)
-    check_plain(tiny(), "this")
     model = shared("gemma4_text", num_kv_shared_layers=8)
     with pytest.raises(ValueError, match="none of its layers has keys and values of its own"):
         calidrop.KVCache(model)

@@ -303,13 +303,16 @@ class LayerKV(CacheLayerMixin):
         self, qs: Queries, new: Tokens, sink: Tensor | None, parts: list[Partial | Piece]
     ) -> tuple[Tensor, Tensor, ops.Heard | None]:
         """What generated tokens are answered, which are in the window then. parts: of what is stored."""
-        s, last = self.state, None
-        if self.column is None and qs.window is not None and qs.window == self.reach:
-            last = qs.window  # every column came, so what the mask says is: the last ones
+        s = self.state
         heard = ops.Heard() if s.store is not None and s.store.listens else None
         dtype = qs.q.dtype if sink is None else torch.float32
-        answer, self.by = ops.step(qs, new, s.window, parts, heard, last, dtype)
+        answer, self.by = ops.step(qs, new, s.window, parts, heard, self._within(qs), dtype)
         return *with_sink(qs, answer, sink), heard
+
+    def _within(self, qs: Queries) -> int | None:
+        """How many of the window's last columns generated tokens see, where every column came and the mask says no
+        more than that."""
+        return qs.window if self.column is None and qs.window is not None and qs.window == self.reach else None
 
     def _stepped(self, qs: Queries, lse: Tensor, heard: ops.Heard | None = None) -> None:
         self.state.steps, self.state.age = self.state.steps + 1, self.state.age + 1
@@ -338,10 +341,7 @@ class LayerKV(CacheLayerMixin):
         else:
             if before:
                 parts.append(ops.attend(qs, s.window.tokens().slice(0, before)))
-            if sums:
-                found, mass = ops.prompt_with_mass(qs, new)
-            else:
-                found = ops.prompt(qs, new, self.reach)
+            found, mass = ops.prompt_with_mass(qs, new) if sums else (ops.prompt(qs, new, self.reach), None)
             parts.append(found)
         return *with_sink(qs, ops.joined(qs, parts), sink), mass
 

@@ -87,7 +87,7 @@ def _refusal(module: Any) -> str:
     up, draw = Up(module), torch.Generator().manual_seed(0)
     z, p = (torch.randn(1, 1, 3, n, generator=draw).to(weight) for n in (up.rank, module.qk_rope_head_dim))
     with torch.no_grad():  # whatever a module does beside this one linear layer would show
-        found = _original(type(module))(module, z, p)
+        found = module.expand_kv(z, p)
         rows = p.expand(1, len(up.keys), *p.shape[2:])
         want = torch.cat([z @ up.keys.transpose(1, 2), rows], -1), z @ up.values.transpose(1, 2)
     for x, y in zip(found, want, strict=True):
@@ -95,10 +95,6 @@ def _refusal(module: Any) -> str:
         if x.shape != y.shape or not torch.allclose(x.float(), y.float(), atol=near, rtol=0.02):
             return "its keys and values are something else than kv_b_proj makes of latents"
     return ""
-
-
-def _original(kind: Any) -> Callable[..., Any]:
-    return getattr(kind.expand_kv, "original", kind.expand_kv)
 
 
 def let_through(kind: Any) -> None:
@@ -146,7 +142,7 @@ class LatentKV(LayerKV):
     def _block(
         self, qs: Queries, new: Tokens, before: int, sink: Tensor | None, sums: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        s, mass = self.state, None
+        s = self.state
         parts = s.store.attend(qs) if s.store else []
         if before:
             parts.append(ops.attend(qs, s.window.tokens().slice(0, before)))
@@ -154,10 +150,7 @@ class LatentKV(LayerKV):
         module: Any = self.module()
         k, v = module.expand_kv(*new.k.split((self.up.rank, new.k.shape[-1] - self.up.rank), -1))
         t = Tokens(k, v, new.pos.expand(*k.shape[:3]), dense=new.dense)
-        if sums:
-            found, mass = ops.prompt_with_mass(own, t)
-        else:
-            found = ops.prompt(own, t)
+        found, mass = ops.prompt_with_mass(own, t) if sums else (ops.prompt(own, t), None)
         if parts:
             o, lse = ops.joined(qs, parts)
             found = merge([(self.up.valued(o), lse), found])

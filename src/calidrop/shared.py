@@ -68,8 +68,8 @@ class SharedKV(LayerKV):
         at = len(self.others) + 1
         qs = replace(own.last(n), q=q.to(own.q.device), asker=at)  # accelerate may have it elsewhere
         if n == 1:
-            last = qs.window if qs.window is not None and qs.window == self.reach else None
-            answer, self.by = ops.again(qs, s.window, s.store.attend(qs) if s.store else [], last=last)
+            parts = s.store.attend(qs) if s.store else []
+            answer, self.by = ops.again(qs, s.window, parts, last=self._within(qs))
             o, _ = with_sink(qs, answer, sink)
         else:
             before = len(s.window) - n

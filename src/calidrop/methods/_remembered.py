@@ -48,12 +48,14 @@ class Coming(Host):
 class Memory(State):
     """Of the queries of one layer. The device holds q and the answer to it: q, o and mean_k [B,Hq,D] and lse [B,Hq].
 
+    alike: whether o and mean_k are one tensor, as where values are the keys (`Tokens`) and no softcap bends logits.
     counted: int64 [B,2], query heads that were asked again, and that could have been. wanted: bool [B,Hq], those that
     want an answer to the queries `asking` [B,Hq,1,D] later on; `coming`: one that was asked for."""
 
     def __init__(self) -> None:
         self.q: Tensor | None = None
         self.answer: Answer | None = None
+        self.alike = False
         self.counted: Tensor | None = None
         self.wanted: Tensor | None = None
         self.asking: Queries | None = None
@@ -64,6 +66,9 @@ class Memory(State):
         self.wanted = self.coming = None
         self.q = last.q[:, :, 0].to(torch.float32, copy=True)  # a view would keep the whole window alive
 
+    def remember(self, answer: Answer) -> None:
+        self.answer = Answer(answer.o, answer.lse, answer.o) if self.alike else answer
+
     def join(self, t: Tokens, last: Queries) -> None:
         """Tokens that were evicted while decoding: what they say to the old query joins the old answer. last: the
         newest query, for heads that had lost nothing so far."""
@@ -71,7 +76,7 @@ class Memory(State):
         first = self.answer.lse == float("-inf")
         self.q = torch.where(first[..., None], last.q[:, :, 0].float(), self.q)
         at = Queries(self.q[:, :, None].to(t.k.dtype), last.pos, last.scale, last.softcap)
-        self.answer = self.answer.joined(Answer.of(at, t))
+        self.remember(self.answer.joined(Answer.of(at, t)))
 
     def moved(self, qs: Queries, order: int) -> Tensor:
         """[B,Hq,T], the lse of what is remembered for these queries."""
@@ -100,9 +105,11 @@ class Memory(State):
             return torch.where(new.asked.view(B, Hq, *[1] * (before.dim() - 2)), spread.view_as(before), before)
 
         answer = new.answer
-        self.answer = Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k))
+        self.remember(Answer(put(old.o, answer.o), put(old.lse, answer.lse), put(old.mean_k, answer.mean_k)))
         self.q = torch.where(new.asked[..., None], new.asking.q[:, :, 0].float(), self.q)
 
     def take_rows(self, rows: Tensor) -> None:
         self.coming = None  # whose rows are the old ones
         super().take_rows(rows)
+        if self.answer is not None:
+            self.remember(self.answer)

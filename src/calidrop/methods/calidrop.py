@@ -62,9 +62,10 @@ class Calibrated(Store):
         fresh_prompt = self.context is None or not torch.equal(self.context, obs.context)
         self.context = obs.context
         for m, last in zip(self.memories, (obs.queries.last(1), *obs.beside), strict=True):
+            m.alike = t.v.shape[-1] == 0 and last.softcap is None
             if m.answer is None:
                 m.anchor(last)
-                m.answer = Answer.of(last, t)
+                m.remember(Answer.of(last, t))
             elif fresh_prompt and self.log is not None:
                 m.anchor(last)
                 self._refresh(m, last, torch.ones(last.q.shape[:2], dtype=torch.bool, device=last.q.device))
@@ -132,7 +133,8 @@ class Calibrated(Store):
             qs.q[:, :, 0], qs.scale, held, self.order, self.recompute, self.apply, evicted
         )
         if new is not None:
-            m.q, m.answer, self.recalled_by = new[0], Answer(*new[1:]), "the host's kernel"
+            m.q, self.recalled_by = new[0], "the host's kernel"
+            m.remember(Answer(*new[1:]))
         if self.log is not None:
             m.count(counts)
         return lse[..., None], applied[..., None]
