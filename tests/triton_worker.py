@@ -58,7 +58,7 @@ def usage(kernel) -> dict:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", said)}
-    return {"name": kernel.name, **found}
+    return {"name": kernel.name, **found, "SHARED": kernel.metadata.shared}
 
 
 def everything(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None:
@@ -96,6 +96,18 @@ def everything(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None
         gpu.ask_latents(qs, z, z, pos, torch.zeros(2, dtype=torch.long), weight, bias, order, freq, 1.0)
 
 
+def wide(dtype: torch.dtype, recipes: list[str], asked: list[str]) -> None:
+    """Latents of multi-head latent attention: of few query heads, and of as many as there are."""
+    z = torch.randn(2, 1, 300, 576).to(dtype)
+    for recipe in recipes:
+        for heads in (16, 128):
+            kv = run(recipe, (torch.randn(2, heads, 300, 576).to(dtype), z, z[..., :0]))
+            qs = Queries(torch.randn(2, heads, 1, 576).to(dtype), torch.full((2, 1), 999), 0.1)
+            asked.append(f"{recipe}, {heads} heads of 576")
+            parts = [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())]
+            decode(qs, parts, ops.Heard() if heads == 16 else None)
+
+
 def main(capability: int) -> None:
     driver.set_active(Absent(capability))
     whole, seen, asked = JITFunction.run, {}, [""]
@@ -107,6 +119,7 @@ def main(capability: int) -> None:
     JITFunction.run = compiled
     recipes = [r for r in RECIPES if capability >= 89 or "fp8" not in r]  # older ones have no e4m3
     everything(torch.bfloat16, recipes, asked)
+    wide(torch.bfloat16, [r for r in recipes if r.startswith(("int8", "fp8"))] + ["int4(residual=5)"], asked)
     print(json.dumps([usage(kernel) | {"recipe": recipe} for kernel, recipe in seen.values()]))
 
 

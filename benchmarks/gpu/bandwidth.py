@@ -76,11 +76,19 @@ def bandwidth(run: Run) -> Iterator[dict]:
                     exact = row["us"] if name == "exact" else exact
                     row |= {"of_copy": row["gb_s"] * 1e9 / copied, "of_exact": exact / row["us"] if exact else None}
                 yield show(row, COLUMNS)
+    N, batch, D = (64, 1, 320) if run.tiny else (32 * 1024, 8, 576)  # latents of multi-head latent attention
+    for G in (16,) if run.tiny else (16, 128):
+        for name in ("exact", "int8", "fp8", "int4"):
+            row = {"format": f"{name} latents, {G} heads", "tokens": N, "batch": batch}
+            row = run.guarded(row, lambda name=name, G=G: _measured(run, name, batch, 0, G, N, D))
+            yield show(row | ({"of_copy": row["gb_s"] * 1e9 / copied} if "us" in row else {}), COLUMNS)
 
 
 def _measured(run: Run, name: str, B: int, H: int, G: int, N: int, D: int) -> dict:
+    """H: kv heads, 0 where tokens are latents."""
     dtype = torch.float32 if run.tiny else torch.bfloat16
-    t = pieces.tokens(B, H, N, D, dtype, run.device)
+    t = pieces.tokens(B, H, N, D, dtype, run.device) if H else pieces.latents(B, N, D, dtype, run.device)
+    H = H or 1
     qs = pieces.queries(B, H * G, 1, D, dtype, run.device)
     if name == "sdpa":
         k, v, nbytes = t.k, t.v, t.k.nbytes + t.v.nbytes

@@ -146,21 +146,38 @@ def _others(run: Run) -> Iterator[Check]:
             limit = 1e-5 if exact else 1e-2
             yield f"{what} latents {str(dtype)[6:]}", limit, functools.partial(_latents, run, dtype, asked)
 
+        for name, G, T in (("exact", 16, 1), ("exact", 128, 2), ("int8", 16, 1), ("int4", 16, 1), ("fp8", 20, 1)):
+            what = f"latents of 576 {name} {str(dtype)[6:]} T={T} G={G}"
+            yield what, LIMITS[dtype], functools.partial(_wide, run, name, dtype, G, T)
         limit = 1e-4 if exact else 2e-2
-        yield f"wide latents {str(dtype)[6:]}, by torch", limit, functools.partial(_wide, run, dtype)
+        yield f"latents of 576 {str(dtype)[6:]}, by torch", limit, functools.partial(_wide_torch, run, dtype)
         yield f"a token to its slot {str(dtype)[6:]}", 0.0, functools.partial(_placed, run, dtype)
         for late in (0, 2):
             what = f"what heads remember {str(dtype)[6:]}" + ", some asked later" * bool(late)
             yield what, 1e-4, functools.partial(_remembered, run, late, dtype)
 
 
-def _wide(run: Run, dtype: torch.dtype) -> float:
-    """Of multi-head latent attention, wider than what a kernel takes; values are the keys."""
+def _wide(run: Run, name: str, dtype: torch.dtype, G: int, T: int) -> float:
+    """Of multi-head latent attention; values are the keys."""
+    B, N, D = (1, 70, 320) if run.tiny else (2, 3001, 576)
+    t, window = (pieces.latents(B, n, D, dtype, run.device) for n in (N, 45))
+    qs = pieces.queries(B, G, T, D, dtype, run.device)
+    store = pieces.stored(name, t)
+    parts = [*store.attend(qs), ops.piece(window)]
+    picked = ops.pick(qs, parts)
+    if picked is not ops.GPU:
+        raise RuntimeError(f"the dispatch took {picked.name}")
+    o, lse = picked.decode(qs, parts)
+    want, total = merge([attend(qs, x.k, x.values, x.pos) for x in (*store.tokens(), window)])
+    return max(relative(o, want), float((lse - total).abs().max()))
+
+
+def _wide_torch(run: Run, dtype: torch.dtype) -> float:
+    """Where the kernel is off or does not take them."""
     B, G, N, D = (1, 4, 70, 80) if run.tiny else (2, 16, 3001, 576)
-    t = pieces.tokens(B, 1, N, D, dtype, run.device, False)
-    t.v = t.v[..., :0]
+    t = pieces.latents(B, N, D, dtype, run.device)
     qs = pieces.queries(B, G, 1, D, dtype, run.device)
-    (o, lse), (want, total) = ops.attend(qs, t), attend(qs, t.k, t.v, t.pos)
+    (o, lse), (want, total) = ops.attend(qs, t), attend(qs, t.k, t.values, t.pos)
     return max(relative(o, want), float((lse - total).abs().max()))
 
 

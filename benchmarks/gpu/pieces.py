@@ -45,6 +45,12 @@ def tokens(B: int, H: int, N: int, D: int, dtype: torch.dtype, device: torch.dev
     return Tokens(k, v, pos, dense=not uneven)
 
 
+def latents(B: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> Tokens:
+    """Of multi-head latent attention: one kv head, whose values are its keys."""
+    t = tokens(B, 1, N, D, dtype, device)
+    return replace(t, v=t.v[..., :0])
+
+
 def queries(B: int, Hq: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> Queries:
     q = torch.randn(B, Hq, T, D, device=device, dtype=dtype)
     return Queries(q, torch.full((B, T), 1 << 30, device=device), D**-0.5)
@@ -61,5 +67,6 @@ def stored(name: str, t: Tokens) -> Store:
 
 
 def held_bytes(parts: list[Partial | Piece]) -> int:
-    """What a kernel has to read."""
-    return sum(x.nbytes for p in parts if isinstance(p, Piece) for x in p.columns.values())
+    """What a kernel has to read: values that are the keys once."""
+    columns = {x.data_ptr(): x.nbytes for p in parts if isinstance(p, Piece) for x in p.columns.values()}
+    return sum(columns.values())

@@ -29,6 +29,7 @@ constexpr int SUMS = 16;   // that registers hold beside what they are made of
 constexpr int CHAINS = 2;  // sums that products go to in turn, as one waits for the other
 constexpr int PIECES = 4;  // sixteen bytes of a row that are loaded at once
 constexpr int GROUPS = 2;  // of ROWS_AT_ONCE rows that share a load of what they are multiplied with
+constexpr int PAIRS = 1;   // of rows that a loop sums in one go; few sums of narrow registers are soon made
 
 inline Int zero() { return _mm512_setzero_si512(); }
 inline Int all16(int16_t x) { return _mm512_set1_epi16(x); }
@@ -140,7 +141,7 @@ constexpr int CHAINS = 2;
 #else
 constexpr int CHAINS = 1;
 #endif
-constexpr int SUMS = 8, PIECES = 1, GROUPS = 1;
+constexpr int SUMS = 8, PIECES = 1, GROUPS = 1, PAIRS = 4;
 
 inline Int zero() { return _mm256_setzero_si256(); }
 inline Int all16(int16_t x) { return _mm256_set1_epi16(x); }

@@ -187,6 +187,7 @@ __attribute__((noinline)) void rows_of(const char* p, int64_t step, int n, const
     }
   };
   const int64_t pairs = n / 2;
+#pragma GCC unroll PAIRS
   for (int64_t i = 0; i < pairs; ++i, p += 2 * step) {
     if constexpr (U == 0 && V0 == 0)
       for (int j = 0; j < 2; ++j) ask_behind(p + j * step, step);

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from calidrop.ops.gpu.beside import Remembered
 
 MOST_CHANNELS, MOST_ROWS, MOST_GROUP = 256, 128, 128
+WIDEST = 576  # of exact tokens and codes per token with as many channels in their values
 UNITS = (64, 128)  # of keys at several widths: a product has 8 columns at least, and a column is a word of 8 codes
 MOST_BLOCK = 128  # tokens of which the largest weight is taken
 MOST_SUMS = 16 * 1024  # numbers a program adds up: queries times channels
@@ -60,10 +61,13 @@ def refusal(qs: Queries) -> str:
 def unread(x: Piece, qs: Queries) -> str:
     """Why `decode` cannot read a piece; "" where it can."""
     device, D, rows = qs.q.device, x.queries(qs).shape[-1], qs.q.shape[1] // x.heads * len(qs)
-    if rows > MOST_ROWS:
+    wide = max(D, x.value_dim) > MOST_CHANNELS
+    if rows > MOST_ROWS and not wide:  # where they are not asked some at a time
         return f"{rows} queries per kv head, the kernel takes {MOST_ROWS}"
-    if max(D, x.value_dim) > MOST_CHANNELS:
-        return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}"
+    if wide and (x.value_dim != D or D > WIDEST):
+        return f"{D} and {x.value_dim} channels, the kernel takes {MOST_CHANNELS}, and as many of both up to {WIDEST}"
+    if wide and (x.kind not in ("exact", "per token", "e4m3") or x.q is not None or x.mix is not None):
+        return f"{D} channels, {x.kind}, the kernel takes {MOST_CHANNELS}"
     if x.pitch() is None:
         return "stored columns do not lie side by side"
     if x.kind == "exact" and x.columns["k"].dtype not in piece.DTYPES:

@@ -8,10 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _sum(o, lse, bh, r, first, last, splits, top, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
-    """Weighted outputs of some splits, and their weights."""
-    d = tl.arange(0, DVP)
-    acc, l = tl.zeros([DVP], tl.float32), 0.0
+def _sum(o, lse, bh, r, d, first, last, splits, top, R: tl.constexpr, DV: tl.constexpr):
+    """Weighted outputs of some splits, of channels d, and their weights."""
+    acc, l = tl.zeros([d.shape[0]], tl.float32), 0.0
     for start in range(first, last, 32):
         s = start + tl.arange(0, 32)
         place = (bh.to(tl.int64) * splits + s) * R + r
@@ -25,13 +24,14 @@ def _sum(o, lse, bh, r, first, last, splits, top, R: tl.constexpr, DV: tl.conste
 @triton.jit(do_not_specialize=["splits", "turned"])
 def _join(
     o, lse, answers, out, out_lse, splits, turned,
-    ANSWERS: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    ANSWERS: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """grid (row, kv head and query). turned: the first so many splits answer in the basis behind a Hadamard rotation of
-    blocks of TURNS channels. answers: (o, lse) of what was answered otherwise."""
+    """grid (row, kv head and query; SOME channels, which are whole blocks of TURNS). turned: the first so many splits
+    answer in the basis behind a Hadamard rotation of blocks of TURNS channels. answers: (o, lse) of what was answered
+    otherwise."""
     row = tl.program_id(0)
     bh, r = row // R, row % R
-    d = tl.arange(0, DVP)
+    d = tl.program_id(1) * SOME + tl.arange(0, SOME)
     top = float("-inf")
     for start in range(0, splits, 64):
         s = start + tl.arange(0, 64)
@@ -40,7 +40,7 @@ def _join(
     for i in tl.static_range(ANSWERS):
         top = tl.maximum(top, tl.load(answers[i][1] + row))
     top = tl.where(top == float("-inf"), 0.0, top)
-    acc, l = _sum(o, lse, bh, r, 0, turned, splits, top, R, DV, DVP)
+    acc, l = _sum(o, lse, bh, r, d, 0, turned, splits, top, R, DV)
     if TURNS:
         x = d[:, None] & d[None, :] & (TURNS - 1)
         x = x ^ (x >> 4)
@@ -48,7 +48,7 @@ def _join(
         odd = (x ^ (x >> 1)) & 1
         sign = tl.where((d[:, None] // TURNS) == (d[None, :] // TURNS), 1.0 - 2.0 * odd.to(tl.float32), 0.0)
         acc = tl.sum(acc[:, None] * sign, 0) / tl.sqrt(TURNS * 1.0)
-    more, weight = _sum(o, lse, bh, r, turned, splits, splits, top, R, DV, DVP)
+    more, weight = _sum(o, lse, bh, r, d, turned, splits, splits, top, R, DV)
     acc, l = acc + more, l + weight
     for i in tl.static_range(ANSWERS):
         w = tl.exp(tl.load(answers[i][1] + row) - top)
@@ -57,5 +57,6 @@ def _join(
         l += w
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
-    tl.store(out_lse + row, tl.where(empty, float("-inf"), top + tl.log(l)))
+    if tl.program_id(1) == 0:
+        tl.store(out_lse + row, tl.where(empty, float("-inf"), top + tl.log(l)))
     tl.store(out + row.to(tl.int64) * DV + d, acc / l, mask=d < DV)

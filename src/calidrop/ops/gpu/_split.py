@@ -80,6 +80,13 @@ def _tokens(
 
 
 @triton.jit
+def unit_of(most):
+    """The power of two that brings numbers of up to so much into fp16's range."""
+    size = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(size > 0.0, size, 1.0)
+
+
+@triton.jit
 def _rows(q, there, P: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, RP: tl.constexpr, dtype: tl.constexpr):
     """Queries as P matrices, of every P-th channel, over the power of two that brings them into fp16's range; and it.
     q: [RP], where rows begin."""
@@ -89,11 +96,10 @@ def _rows(q, there, P: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, RP: tl
         x = tl.load(q[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         raw += (x,)
         most = tl.maximum(most, tl.max(tl.abs(x), 1))
-    unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    unit = tl.where(unit > 0.0, unit, 1.0)
+    size = unit_of(most)
     for i in tl.static_range(P):
-        rows += ((raw[i] / unit[:, None]).to(dtype),)
-    return rows, unit
+        rows += ((raw[i] / size[:, None]).to(dtype),)
+    return rows, size
 
 
 @triton.jit
@@ -405,12 +411,8 @@ def _mixed(x, matrix, C: tl.constexpr):
 
 
 @triton.jit
-def _ask(
-    q, turned, o, lse, part, splits, p, F: tl.constexpr, n, row, head, per, first, scale, softcap, CAPPED: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """What slots (part - first) * per ... of a piece say. first: the piece's first split."""
-    bh = tl.program_id(0)
+def _place(p, bh, n, row, head, H: tl.constexpr, BH: tl.constexpr):
+    """Where the slots of a (row, kv head) begin, and how many it has."""
     if p[8] is not None:  # heads lie one behind the other
         i = tl.arange(0, BH)
         base = tl.sum(tl.load(p[8] + i, mask=i < bh, other=0), 0)
@@ -418,6 +420,23 @@ def _ask(
     else:
         base = (bh // H).to(tl.int64) * row + (bh % H).to(tl.int64) * head
         count = n.to(tl.int64)
+    return base, count
+
+
+@triton.jit
+def _left(p, bh, r, base, room, group: tl.constexpr, R: tl.constexpr):
+    """Where logits of rows r of a kv head go (`_bent`'s `to`). room: logits of a row."""
+    return (p[16] + bh.to(tl.int64) * R * room, r * room, base * group, r < R) if p[16] is not None else None
+
+
+@triton.jit
+def _ask(
+    q, turned, o, lse, part, splits, p, F: tl.constexpr, n, row, head, per, first, scale, softcap, CAPPED: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """What slots (part - first) * per ... of a piece say. first: the piece's first split."""
+    bh = tl.program_id(0)
+    base, count = _place(p, bh, n, row, head, H, BH)
     start = (part - first) * per
     stop = tl.minimum(start + per, count).to(tl.int32)
     r = tl.arange(0, RP)
@@ -431,8 +450,7 @@ def _ask(
         source = q
     scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
     rows = source + (bh.to(tl.int64) * R + r) * D
-    room = n * F[2]  # logits of a row
-    to = (p[16] + bh.to(tl.int64) * R * room, r * room, base * F[2], r < R) if p[16] is not None else None
+    to = _left(p, bh, r, base, n * F[2], F[2], R)
     if F[0] == 0:
         d = tl.arange(0, DP)
         x = tl.load(rows[:, None] + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calidrop.attention import Partial, Queries
-from calidrop.hadamard import signs
+from calidrop.attention import Partial, Queries, merge
+from calidrop.hadamard import hadamard, signs
+from calidrop.ops.gpu import MOST_CHANNELS
 from calidrop.ops.gpu._join import _join
 from calidrop.ops.gpu._shared import launch, padded
 from calidrop.ops.gpu._split import SLOTS, _split
+from calidrop.ops.gpu._wide import _wide
 from calidrop.ops.piece import Heard, Piece
 
 KINDS = {"exact": 0, "per token": 1, "per channel": 2, "e4m3": 3, "per group": 4, "tiers": 5}
@@ -61,6 +64,8 @@ def decode(
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
+    if max(D, pieces[0].value_dim) > MOST_CHANNELS:
+        return _decode_wide(qs, pieces, answers, heard, least)
     H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
     R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
     turned = _turned(q) if any(p.rotate and p.q is None for p in pieces) else q
@@ -68,7 +73,7 @@ def decode(
     blocks = [block if p.kind != "exact" or _all_exact(pieces) else max(16, min(block, 8 * warps)) for p in pieces]
     per, ends = _stretches(pieces, B * H, blocks, least, _warps(q.device) // warps)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    o, lse, out, out_lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R), new(B, Hq, T, Dv), new(B, Hq, T)
+    o, lse = new(B * H, ends[-1], R, Dv), new(B * H, ends[-1], R)
     for i in range(0, len(pieces), SLOTS):
         left = [None if heard is None or T > 1 else heard.room(p, B, R) for p in pieces[i : i + SLOTS]]
         told, formats = _told(pieces[i : i + SLOTS], left, per[i:], ends[i + 1 :], blocks[i:], D)
@@ -78,12 +83,56 @@ def decode(
             H=H, R=R, DV=Dv, DVP=padded(Dv), RP=padded(R), BH=padded(B * H),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
+    return joined(qs, o, lse, answers, ends[rotated])
+
+
+def joined(qs: Queries, o: Tensor, lse: Tensor, answers: tuple[Partial, ...] = (), turned: int = 0) -> Partial:
+    """What splits say, o [B*H,splits,R,Dv] and lse [B*H,splits,R], and other answers. turned: so many splits answer
+    behind a rotation."""
+    (B, Hq, T, _), (_, splits, R, Dv) = qs.q.shape, o.shape
+    out, out_lse = o.new_empty(B, Hq, T, Dv), o.new_empty(B, Hq, T)
+    some = padded(Dv) if Dv <= MOST_CHANNELS else 128
     launch(
-        _join, (B * H * R,), o, lse, answers or None, out, out_lse, ends[-1], ends[rotated],
-        ANSWERS=len(answers), TURNS=(Dv & -Dv) * bool(rotated), R=R, DV=Dv, DVP=padded(Dv),
-        num_warps=4 if Dv <= 128 else 8,
+        _join, (B * Hq * T, -(-Dv // some)), o, lse, answers or None, out, out_lse, splits, turned,
+        ANSWERS=len(answers), TURNS=(Dv & -Dv) * bool(turned), R=R, DV=Dv, SOME=some,
+        num_warps=4 if some <= 128 else 8,
     )  # fmt: skip
     return out, out_lse
+
+
+def _decode_wide(
+    qs: Queries, pieces: list[Piece], answers: tuple[Partial, ...], heard: Heard | None, least: int
+) -> Partial:
+    """`decode` of pieces of more channels, a launch each (see `_wide`). What is said behind a rotation is joined and
+    rotated back first: rotations may be as wide as keys."""
+    turned, straight = [p for p in pieces if p.rotate], [p for p in pieces if not p.rotate]
+    if turned:
+        o, lse = joined(qs, *_split_wide(replace(qs, q=_turned(qs.q)), turned, heard, least))
+        answers = (*answers, (hadamard(o), lse))
+    if straight:
+        return joined(qs, *_split_wide(qs, straight, heard, least), answers)
+    return merge(list(answers))
+
+
+def _split_wide(qs: Queries, pieces: list[Piece], heard: Heard | None, least: int) -> tuple[Tensor, Tensor]:
+    """What every split of some pieces says: o [B*H,splits,R,D], lse [B*H,splits,R]. qs: as keys lie."""
+    (B, Hq, T, D), H, q = qs.q.shape, pieces[0].heads, qs.q.contiguous()
+    R, A = Hq // H * T, 1 << (D.bit_length() - 1)  # A: channels of the first part
+    tiles = [wide_tile_of(p, R, q.dtype) for p in pieces]
+    blocks, warps = [block for block, *_ in tiles], max(warps for _, _, warps, _ in tiles)
+    per, ends = _stretches(pieces, B * H, blocks, least, _warps(q.device) // warps)
+    o = torch.empty(B * H, ends[-1], R, D, device=q.device)
+    lse = o.new_empty(o.shape[:3])
+    for p, some, first, last, (block, rows, warps, stages) in zip(pieces, per, ends, ends[1:], tiles, strict=False):
+        left = None if heard is None or T > 1 else heard.room(p, B, R)
+        told, formats = _told([p], [left], [some], [last], [block], D)
+        launch(
+            _wide, (B * H, last - first, -(-R // rows)), q, o, lse, ends[-1], first, qs.scale, qs.softcap or 0.0,
+            *told[:5], F=formats["F0"], CAPPED=qs.softcap is not None, H=H, R=R, D=D, A=A,
+            SAME=p.columns["v"].data_ptr() == p.columns["k"].data_ptr(), BP=padded(D - A), RP=rows, BH=padded(B * H),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return o, lse
 
 
 def _turned(q: Tensor) -> Tensor:
@@ -112,6 +161,13 @@ def tile_of(pieces: list[Piece], D: int, rows: int, dtype: torch.dtype) -> Tile:
         return NARROW[p.kind] if padded(p.value_dim) * p.bits <= 256 else TILES[p.kind, p.bits]
     stages = 3 if wide <= 128 and rows <= 32 else 2
     return (128 if wide <= 64 else 64 if wide <= 128 else 32), 4, stages
+
+
+def wide_tile_of(p: Piece, rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Of a wide piece: tokens at a time, rows of queries a program asks for (more would spill), warps, pipeline
+    stages."""
+    most = 16 if dtype == torch.float32 or 0 < p.bits < 8 else 32
+    return (16 if dtype == torch.float32 else 32), min(most, padded(rows)), 8, 2
 
 
 def _stretches(

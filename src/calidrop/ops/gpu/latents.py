@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
-from calidrop.ops.gpu._join import _join
 from calidrop.ops.gpu._shared import INTERPRETED, launch, padded, product
 from calidrop.ops.gpu._split import _weigh
-from calidrop.ops.gpu.attention import LEAST, _warps
+from calidrop.ops.gpu.attention import LEAST, _warps, joined
 
 
 @triton.jit
@@ -172,7 +171,7 @@ def attend(
     per = min(-(-per // block), -(-N // block)) * block
     splits = -(-N // per)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    o, lse, out, out_lse = new(B * H, splits, R, DV), new(B * H, splits, R), new(B, Hq, T, DV), new(B, Hq, T)
+    o, lse = new(B * H, splits, R, DV), new(B * H, splits, R)
     launch(
         _asked, (B * H, splits), q, z, v, pos, start, weight.contiguous(), bias.contiguous(), slots, freq, o, lse,
         N, splits, per, z.stride(0), v.stride(0), pos.stride(0), qs.scale, qs.softcap or 0.0, scaling,
@@ -180,8 +179,4 @@ def attend(
         REST=padded(max(1, D - 2 * half)), R=R, RP=padded(R), DV=DV, DVP=padded(DV), BLOCK=block, STEP=32,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
-    launch(
-        _join, (B * H * R,), o, lse, None, out, out_lse, splits, 0, ANSWERS=0, TURNS=0, R=R, DV=DV, DVP=padded(DV),
-        num_warps=4 if DV <= 128 else 8,
-    )  # fmt: skip
-    return out, out_lse
+    return joined(qs, o, lse)
