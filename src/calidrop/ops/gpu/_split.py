@@ -424,12 +424,6 @@ def _place(p, bh, n, row, head, H: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
-def _left(p, bh, r, base, room, group: tl.constexpr, R: tl.constexpr):
-    """Where logits of rows r of a kv head go (`_bent`'s `to`). room: logits of a row."""
-    return (p[16] + bh.to(tl.int64) * R * room, r * room, base * group, r < R) if p[16] is not None else None
-
-
-@triton.jit
 def _ask(
     q, turned, o, lse, part, splits, p, F: tl.constexpr, n, row, head, per, first, scale, softcap, CAPPED: tl.constexpr,
     H: tl.constexpr, R: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr,
@@ -450,7 +444,8 @@ def _ask(
         source = q
     scale *= 1.0 / F[4] ** 0.5  # the rotated queries are not normalised
     rows = source + (bh.to(tl.int64) * R + r) * D
-    to = _left(p, bh, r, base, n * F[2], F[2], R)
+    room = n * F[2]  # logits of a row
+    to = (p[16] + bh.to(tl.int64) * R * room, r * room, base * F[2], r < R) if p[16] is not None else None
     if F[0] == 0:
         d = tl.arange(0, DP)
         x = tl.load(rows[:, None] + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)

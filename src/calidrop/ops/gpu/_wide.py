@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from calidrop.ops.gpu._shared import code, exp2, log2, product, woven
-from calidrop.ops.gpu._split import LOG2E, _bent, _left, _lifted, _place, _scales, _weigh, _zero, unit_of
+from calidrop.ops.gpu._split import LOG2E, _bent, _lifted, _place, _scales, _weigh, _zero, unit_of
 
 
 @triton.jit
@@ -114,7 +114,8 @@ def _wide(
     r = tl.program_id(2) * RP + tl.arange(0, RP)
     scale *= 1.0 / F[4] ** 0.5
     rows, there = q + (bh.to(tl.int64) * R + r) * D, r < R
-    to = _left(p, bh, r, base, n * F[2], F[2], R)
+    # as in `_split._ask`: Triton 3.6 knows no function that returns None
+    to = (p[16] + bh.to(tl.int64) * R * n, r * n, base, there) if p[16] is not None else None
     m, l, acc, more = _answer(rows, there, p, to, F, base, start, stop, scale, softcap, CAPPED, SAME,
                               A, D - A, BP, RP, F[5])  # fmt: skip
     empty = l == 0.0
