@@ -60,7 +60,8 @@ def decode(
 ) -> Partial:  # fmt: skip
     """Attention over the union of disjoint sets, all of them visible: two launches (and one more per four further
     pieces), no synchronisation. -> o fp32 [B,Hq,T,Dv], lse [B,Hq,T]. heard: gets the logits of all pieces, if there is
-    one query. least: tokens worth a program. tile: of the first launch, where it is not to be `tile_of` the pieces."""
+    one query. least: tokens worth a program. tile: of the first launch, where it is not to be `tile_of` the pieces
+    (wide ones have `wide_tile_of` theirs)."""
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
@@ -119,8 +120,9 @@ def _split_wide(qs: Queries, pieces: list[Piece], heard: Heard | None, least: in
     (B, Hq, T, D), H, q = qs.q.shape, pieces[0].heads, qs.q.contiguous()
     R, A = Hq // H * T, 1 << (D.bit_length() - 1)  # A: channels of the first part
     tiles = [wide_tile_of(p, R, q.dtype) for p in pieces]
-    blocks, warps = [block for block, *_ in tiles], max(warps for _, _, warps, _ in tiles)
-    per, ends = _stretches(pieces, B * H, blocks, least, _warps(q.device) // warps)
+    blocks, groups = [block for block, *_ in tiles], max(-(-R // rows) for _, rows, *_ in tiles)
+    programs = _warps(q.device) // max(warps for _, _, warps, _ in tiles)
+    per, ends = _stretches(pieces, B * H * groups, blocks, least // 4, programs)  # few tokens are many bytes already
     o = torch.empty(B * H, ends[-1], R, D, device=q.device)
     lse = o.new_empty(o.shape[:3])
     for p, some, first, last, (block, rows, warps, stages) in zip(pieces, per, ends, ends[1:], tiles, strict=False):
