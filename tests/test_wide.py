@@ -107,6 +107,16 @@ def test_several_queries_of_codes():
     assert (o - want).abs().max() < 2e-4 and (lse - total).abs().max() < 2e-4
 
 
+def test_thin_keys_of_wide_ones():
+    """Are narrow, as long as their values are."""
+    qs, own, t = queries(1, 4, 1, 288), queries(1, 4, 1, 64), tokens(1, 2, 20, 64)
+    part = replace(ops.piece(t), q=own.q)
+    assert not gpu_refuses(qs, [part])
+    o, lse = LITTLE(qs, [part])
+    want, total = attend(replace(own, scale=qs.scale), t.k, t.v, t.pos)
+    assert (o - want).abs().max() < 2e-5 and (lse - total).abs().max() < 2e-5
+
+
 def test_what_it_does_not_take():
     qs, t = queries(1, 4, 1, 320), tokens(1, 2, 20, 320, Dv=64)
     assert "320 and 64 channels" in gpu.unread(ops.piece(t), qs)

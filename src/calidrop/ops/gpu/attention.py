@@ -65,7 +65,7 @@ def decode(
     B, Hq, T, D = qs.q.shape
     pieces = sorted((p for p in parts if isinstance(p, Piece)), key=lambda p: not p.rotate)  # rotated first
     answers = tuple((p[0].contiguous(), p[1].float().contiguous()) for p in parts if not isinstance(p, Piece))
-    if max(D, pieces[0].value_dim) > MOST_CHANNELS:
+    if pieces[0].value_dim > MOST_CHANNELS:  # which wide keys have; thin ones may be of a model's wide ones
         return _decode_wide(qs, pieces, answers, heard, least)
     H, Dv, q = pieces[0].heads, pieces[0].value_dim, qs.q.contiguous()
     R, rotated = Hq // H * T, sum(p.rotate for p in pieces)
