@@ -46,8 +46,11 @@ if (
 ):
     pytest.skip("the interpreter of triton before 3.9 needs numpy before 2.4", allow_module_level=True)
 
+import interpreted
 from calidrop.ops.gpu import _shared
 from calidrop.ops.gpu.attention import decode
+
+assert interpreted  # in less time
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
