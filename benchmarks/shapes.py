@@ -2,7 +2,7 @@
 fast.
 
 python -m benchmarks.shapes [--shape deepseek-v2-lite] [--layers N] [--contexts 4096] [--batches 1] [--dtype bfloat16]
-                            [--recipe R ...] [--rounds 3] [--steps 4] [--json OUT]
+                            [--recipe R ...] [--compiled] [--rounds 3] [--steps 4] [--json OUT]
 
 Attention is of the model's shape; what is behind it in a layer is one dense layer as wide as the experts that a token
 takes, and the vocabulary is small. Rows are those of `benchmarks.decode`, over its tokens drawn at random.
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1", help="each a multiple of the one before")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--recipe", action="append", help="default: a selection")
+    parser.add_argument("--compiled", action="store_true", help="every recipe compiled too; minutes at the first step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of each cache in each round")
     parser.add_argument("--threads", type=int, default=2)
@@ -79,7 +80,7 @@ def main() -> None:
     machine = f"{args.shape}, {layers} layers; {versions}, {args.dtype}, {args.threads} threads"
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
     print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
-    found, bench = [], Bench(model, args.recipe or RECIPES)
+    found, bench = [], Bench(model, args.recipe or RECIPES, args.compiled)
     for context in map(int, args.contexts.split(",")):
         ids = torch.randint(3, WORDS, (1, context), generator=torch.Generator().manual_seed(1))
         batches = [int(b) for b in args.batches.split(",")]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 import calidrop
-from calidrop import tee
+from calidrop import steady, tee
 from calidrop.eval.subject import fill, together
 from calidrop.plugin import using
 from calidrop.support import check_plain
 from helpers import kernels
+from tape import tape
 from tiny import batch, generate, row, soft, tiny, worst
 
 
@@ -84,10 +87,35 @@ def speculation_is_plain_decoding(model: nn.Module, recipe: str) -> None:
     assert torch.equal(plain, got)
 
 
+def recorded_steps_are_those_from_python(model: nn.Module, recipe: str, monkeypatch, recorded: int = 1) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, inputs = model.to(device), {name: x.to(device) for name, x in batch().items()}
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    with kernels(monkeypatch, "torch") if device == "cpu" else nullcontext():  # the C++ kernel is not on the tape
+        plain, steps = calidrop.KVCache(model, recipe), calidrop.KVCache(model, recipe, graph=True)
+        (want, logits), (got, ours) = (generate(model, inputs, cache, 40) for cache in (plain, steps))
+    assert torch.equal(got, want) and worst(ours, logits) < 1e-3  # a code may flip
+    assert (ours - logits).abs().median() < 1e-5
+    assert steps.steps is not None and steps.steps.steady is not None
+    assert steps.steps.steady.recorded == recorded and "steps: replayed" in steps.describe()
+
+
+def compiled_steps_are_those_from_python(model: nn.Module, recipes: list[str]) -> None:
+    """All in one compilation. recipes: without codes, one of which may flip."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for recipe in recipes:
+        plain, steps = calidrop.KVCache(model, recipe), calidrop.KVCache(model, recipe, compile=True)
+        (want, logits), (got, ours) = (generate(model, batch(), cache, 40) for cache in (plain, steps))
+        assert torch.equal(got, want) and worst(ours, logits) < 1e-3
+        assert steps.steps is not None and steps.steps.describe() == "steps: compiled"
+        assert steps.get_seq_length() == plain.get_seq_length()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def what_needs_plain_layers_says_so(model: nn.Module, said: str) -> None:
     """said: what its errors match."""
     for make in (
-        lambda: calidrop.KVCache(model, compile=True),
         lambda: calidrop.KVCache(model, f"judge_q(budget=20, file={soft(model)!r})"),
         lambda: tee.prefill(model, [calidrop.KVCache(model)], torch.ones(1, 5, dtype=torch.long)),
     ):

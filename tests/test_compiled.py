@@ -1,8 +1,13 @@
 """Decode steps under torch.compile are the steps that would have run from Python."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._inductor import config as inductor
+from transformers import DynamicCache
 
 from calidrop.cache import KVCache
 from calidrop.plugin import using
@@ -85,8 +90,35 @@ def test_sliding_layers(kind):
     assert steps.steps is not None and steps.steps.describe() == "steps: compiled" and graphs() == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["KVCache", "DynamicCache"])
+def test_a_model_that_its_user_compiled(kind):
+    """In as many graphs as it takes: what a cache does from Python is in none of them. In a process of its own, where
+    no types are checked, which cannot be compiled."""
+    done = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0 and float(done.stdout) < 1e-4, done.stderr
+
+
+@torch.no_grad()
+def compiled_by_its_user(kind: str) -> float:
+    model, found = tiny(num_hidden_layers=1), []
+    ids = batch()["input_ids"]
+    for forward in (model.forward, torch.compile(model.forward)):
+        cache = KVCache(model, SNAP)  # after which any other cache works, too
+        cache = cache if kind == "KVCache" else DynamicCache(config=model.config)
+        logits = [forward(ids, **using(cache)).logits[:, -1:]]
+        for _ in range(6):
+            logits.append(forward(logits[-1].argmax(-1), **using(cache)).logits)
+        found.append(torch.stack(logits))
+    return worst(*found)
+
+
 def test_refusals():
     model = tiny("mistral")
     model.config.layer_types, model.config.attention_chunk_size = ["chunked_attention"] * 3, 16
     with pytest.raises(ValueError, match="here some see chunks"):
         KVCache(model, compile=True)
+
+
+if __name__ == "__main__":
+    print(compiled_by_its_user(sys.argv[1]))

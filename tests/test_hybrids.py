@@ -9,13 +9,15 @@ from transformers import DynamicCache
 
 import calidrop
 import seam
-from calidrop import support
+from calidrop import steady, support
 from calidrop.eval.subject import fill, together
 from calidrop.planning import plan
 from calidrop.plugin import using
 from calidrop.state import held_bytes
 from calidrop.stateful import state_of
 from calidrop.support import HYBRIDS, layer_kinds, others, plain, states
+from helpers import kernels
+from tape import tape
 from tiny import COMMON, batch, generate, tiny, worst
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < HYBRIDS:
@@ -128,6 +130,55 @@ def test_chunks_and_a_second_turn(model, recipe):
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "falcon_h1"])
 def test_rows_are_repeated_chosen_and_forgotten(family):
     seam.rows_are_repeated_chosen_and_forgotten(hybrid(family), RECIPES[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps(family, monkeypatch):
+    seam.recorded_steps_are_those_from_python(hybrid(family), RECIPES[0], monkeypatch)
+
+
+@pytest.mark.parametrize("moves", ["states", "rows"])
+@torch.no_grad()
+def test_recorded_steps_follow_states_elsewhere(model, moves, monkeypatch):
+    """What was recorded writes where they were."""
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    inputs, found = batch(), []
+    with kernels(monkeypatch, "torch"):
+        for graph in (False, True):
+            cache = calidrop.KVCache(model, RECIPES[0], graph=graph)
+            told = [model(**inputs, **using(cache)).logits[:, -1:]]
+            for i in range(12):
+                told.append(model(told[-1].argmax(-1), **using(cache)).logits)
+                if i == 5 and moves == "states":
+                    cache.put_states(cache.states())
+                elif i == 5:
+                    cache.reorder_cache(torch.tensor([1, 0]))
+            found.append(torch.stack(told))
+    assert worst(*found) < 1e-4 and cache.steps.steady.recorded == 2
+
+
+@torch.no_grad()
+def test_a_step_that_turns_out_not_to_repeat_is_run_once(model, monkeypatch):
+    """Its states go back to where they were before it is run from Python."""
+
+    def once(fn):
+        with monkeypatch.context() as patch:
+            patch.setattr(steady.Steady, "_put_back", lambda *_: "no shape today")
+            return fn(), None
+
+    monkeypatch.setitem(steady.RECORDERS, "cpu", once)
+    inputs, found = batch(), []
+    for graph in (False, True):
+        cache = calidrop.KVCache(model, RECIPES[0], graph=graph)
+        found.append(generate(model, inputs, cache, 12)[1])
+    assert worst(*found) < 1e-4 and "no shape today" in cache.describe()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, as the compiler is imported
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+def test_compiled_steps(family):
+    seam.compiled_steps_are_those_from_python(hybrid(family), RECIPES[:2])
 
 
 def test_full_goes_on_as_a_dynamic_cache_does(model):

@@ -41,7 +41,8 @@ EXPERTS = {
     "topk_group": 1, "first_k_dense_replace": 3, "mlp_layer_types": ["dense"] * 3,
 }  # fmt: skip
 HYBRID = {"num_hidden_layers": 4, "mlp_layer_types": ["dense"] * 4, "first_k_dense_replace": 4,
-          "layer_types": ["linear_attention", "full_attention"] * 2}  # fmt: skip
+          "layer_types": ["linear_attention", "full_attention"] * 2,
+          "linear_num_heads": 3, "linear_head_dim": 8}  # fmt: skip
 FAMILIES = {
     "deepseek_v2": EXPERTS,
     "deepseek_v3": EXPERTS,
@@ -246,6 +247,26 @@ def test_chunks_and_a_second_turn(model, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_speculation_gives_what_plain_decoding_gives(model, recipe):
     seam.speculation_is_plain_decoding(model, recipe)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("deepseek_v3", r) for r in ("full", RECIPES[0], RECIPES[3], "snapkv(budget=24, recent=8)+calidrop(late=1)")]
+    + [("kimi_linear", RECIPES[0]), ("minicpm3", "snapkv(budget=24, recent=8)+calidrop(late=1)")],
+)
+def test_recorded_steps(family, recipe, monkeypatch):
+    if family not in HERE:
+        pytest.skip("a transformers without it")
+    seam.recorded_steps_are_those_from_python(made(family), recipe, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, as the compiler is imported
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+def test_compiled_steps(family):
+    if family not in HERE:
+        pytest.skip("a transformers without it")
+    seam.compiled_steps_are_those_from_python(made(family), RECIPES[:2])
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:2])

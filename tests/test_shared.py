@@ -216,6 +216,25 @@ def test_rows_are_repeated_chosen_and_forgotten(family, recipe):
     seam.rows_are_repeated_chosen_and_forgotten(shared(family), recipe)
 
 
+@pytest.mark.parametrize(
+    "recipe", ["full", RECIPES[0], "h2o(budget=20)", "adakv(budget=24, recent=8)+calidrop(late=1)"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps(family, recipe, monkeypatch):
+    """The window of 24 tokens is cut on the way, and its tensors stay where they are."""
+    seam.recorded_steps_are_those_from_python(shared(family), recipe, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, as the compiler is imported
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_steps(family):
+    few = {"num_hidden_layers": 5, "num_kv_shared_layers": 3, "layer_types": SHARING["layer_types"][:5]}
+    if family == "gemma3n_text":
+        few |= {"intermediate_size": [64] * 5, "activation_sparsity_pattern": [0.0] * 5}
+    seam.compiled_steps_are_those_from_python(shared(family, **few), RECIPES[:2])
+
+
 @torch.no_grad()
 def test_a_prompt_is_compressed_when_the_last_layer_has_asked(model):
     """eager, at the end of `generate`'s prompt, or when the next token comes; and what was held until then is gone."""

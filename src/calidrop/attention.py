@@ -7,7 +7,7 @@ every store are stated with it. Scores, lse and merges are fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,10 @@ class Queries:
 
     def last(self, n: int) -> Queries:
         return self.slice(max(0, len(self) - n), len(self))
+
+    def alone(self) -> Queries:
+        """The last of them, which keeps none of the others alive."""
+        return replace(self, q=self.q[:, :, -1:].clone(), pos=self.pos[:, -1:].clone(), visible=None, window=None)
 
 
 def grouped(q: Float[Tensor, "B Hq T D"], kv_heads: int) -> Float[Tensor, "B H GT D"]:

@@ -19,7 +19,7 @@ from calidrop.layer import LayerKV
 from calidrop.mla import LatentKV, latent_modules, let_through
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
-from calidrop.plugin import ASSISTED, ATTENTION, called_from
+from calidrop.plugin import ASSISTED, ATTENTION, called_from, compiling
 from calidrop.recipe import Recipe, parse
 from calidrop.shared import SharedKV
 from calidrop.soft import install
@@ -36,6 +36,7 @@ from calidrop.support import (
     layer_kinds,
     others,
     rope_of,
+    sharers,
     sharing,
     states,
 )
@@ -68,7 +69,7 @@ class KVCache(Cache):
     ):
         self.recipe = parse(recipe)
         config, layers = check_model(model), layers_of(model)
-        self.others = others(config)
+        self.others, self.asks = others(config), sharers(config)
 
         def make(layer: Layer, reach: int | None) -> Callable[[], Plan]:
             if reach is not None:
@@ -102,7 +103,7 @@ class KVCache(Cache):
         self.steps = Steps(self, model, graph, compile) if graph or compile else None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # what the compiled step does with them: `compiled._attend`
+        if compiling():
             return key_states, value_states
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -174,7 +175,13 @@ class KVCache(Cache):
 
     @property
     def _beside_nbytes(self) -> int:
-        return held_bytes([state_of(layer) for layer in self.layers])
+        return held_bytes(self.beside)
+
+    @property
+    def beside(self) -> list[Tensor]:
+        """What layers keep beside keys and values."""
+        parts = [x for layer in self.layers for x in state_of(layer).values()]
+        return [x for part in parts for x in part.values() if isinstance(x, Tensor)]
 
     def states(self) -> list[State]:
         """Copies of what layers keep beside keys and values."""

@@ -93,7 +93,7 @@ class Prompt:
         if s.store is not None:
             qs = self.queries(min(plan.observe, context), context, heads)
             lse = torch.full(qs.q.shape[:3], math.log(context))
-            step = Observation(qs, lse, s.context, s.start, beside=[qs.last(1)] * (asking - 1))
+            step = Observation(qs, lse, s.context, s.start, beside=[qs.alone() for _ in range(asking - 1)])
             s.store.observe(step)
             for score in s.store.trackers():
                 s.window.stats = {**s.window.stats, **score.stats(s.window.tokens(), step)}

@@ -100,6 +100,10 @@ class LayerKV(CacheLayerMixin):
         handle = Handle(self)
         return handle, handle
 
+    def answers(self, v: Tensor) -> int:
+        """Channels of an answer. v: values as `update` takes them."""
+        return v.shape[-1]
+
     def get_seq_length(self, *args: Any) -> int:
         return self.state.seen
 
@@ -468,8 +472,6 @@ class LayerKV(CacheLayerMixin):
             s.store.add(moving, s.obs)
         if not self.plan.every:
             s.obs = None
-        elif s.obs is not None and s.obs.beside:  # a later flush has others
-            s.obs = replace(s.obs, beside=())
 
     def holdings(self) -> list[Holding]:
         """In what form this layer has every token it saw; nothing where it saw none."""

@@ -23,7 +23,7 @@ from calidrop.attention import Partial, Queries, merge, with_sink
 from calidrop.layer import LayerKV
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import Handle, PositionMask
+from calidrop.plugin import Handle, PositionMask, compiling
 from calidrop.tokens import Tokens
 
 NEEDED = ("expand_kv", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -105,7 +105,8 @@ def let_through(kind: Any) -> None:
 
     @functools.wraps(original)
     def expand_kv(self: Any, kv_nope: Any, k_rot: Any) -> Any:
-        return (kv_nope, k_rot) if isinstance(kv_nope, Handle) else original(self, kv_nope, k_rot)
+        given = compiling() or isinstance(kv_nope, Handle)
+        return (kv_nope, k_rot) if given else original(self, kv_nope, k_rot)
 
     expand_kv.original = original  # type: ignore[attr-defined]
     kind.expand_kv = expand_kv
@@ -123,11 +124,17 @@ class LatentKV(LayerKV):
         k = torch.cat([key_states, value_states], -1)
         return super().update(k, k[..., :0], *args, **kwargs)
 
-    def attend(self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor:
+    def answers(self, v: Tensor) -> int:
+        return self._of().v_head_dim
+
+    def _of(self) -> Any:
         module = self.module()
         if module is None:
             raise RuntimeError("the model of this cache is gone")
-        self.up, self.q = Up(module), q
+        return module
+
+    def attend(self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None) -> Tensor:
+        self.up, self.q = Up(self._of()), q
         try:
             return super().attend(self.up.absorbed(q), mask, scale, softcap, sink)
         finally:
@@ -147,8 +154,7 @@ class LatentKV(LayerKV):
         if before:
             parts.append(ops.attend(qs, s.window.tokens().slice(0, before)))
         own = replace(qs, q=self.q[:, :, : len(qs)])  # what is a prompt comes first
-        module: Any = self.module()
-        k, v = module.expand_kv(*new.k.split((self.up.rank, new.k.shape[-1] - self.up.rank), -1))
+        k, v = self._of().expand_kv(*new.k.split((self.up.rank, new.k.shape[-1] - self.up.rank), -1))
         t = Tokens(k, v, new.pos.expand(*k.shape[:3]), dense=new.dense)
         found, mass = ops.prompt_with_mass(own, t) if sums else (ops.prompt(own, t), None)
         if parts:

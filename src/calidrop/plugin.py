@@ -29,6 +29,7 @@ ATTENTION = "calidrop"
 ASSISTED = "_assisted_decoding"  # the method of transformers that proposes, verifies and crops
 _TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
 SLIDING = sliding_window_causal_mask_function(1)
+in_step = False  # while a compiled step runs
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
 
@@ -59,6 +60,11 @@ class Handle:
             f"a calidrop KVCache needs the attention implementation {ATTENTION!r}, but the model runs another one; "
             f"call model.set_attn_implementation({ATTENTION!r}) (building a KVCache for the model does)"
         )
+
+
+def compiling() -> bool:
+    """Whether a step is being compiled, in which keys and values go on as they are to `compiled._attend`."""
+    return in_step and torch.compiler.is_compiling()
 
 
 def using(cache: Any) -> dict[str, Any]:
@@ -260,7 +266,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: [B,Hq,T,D] -> [B,T,Hq,Dv]."""
-    if torch.compiler.is_compiling():
+    if compiling():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.calidrop.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
     if not isinstance(attention_mask, PositionMask):

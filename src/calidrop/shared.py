@@ -74,7 +74,7 @@ class SharedKV(LayerKV):
         else:
             before = len(s.window) - n
             o, *_ = self._block(qs, s.window.tokens().slice(before), before, sink)
-        self.others.append(_last(qs))
+        self.others.append(qs.alone())
         return o.to(q.device)
 
     # ---- what the layer itself would do at once waits for the others
@@ -107,11 +107,6 @@ class SharedKV(LayerKV):
         """All have asked, or those that have are all there will be."""
         if self.own is not None and self.over is not None:
             missing = self.asking - 1 - len(self.others)
-            self.beside, over = self.others + [_last(self.own)] * missing, self.over
+            self.beside, over = self.others + [self.own.alone()] * missing, self.over
             self.own, self.over, self.others = None, None, []
             over()
-
-
-def _last(qs: Queries) -> Queries:
-    """The last of them, which keeps none of the others alive."""
-    return replace(qs, q=qs.q[:, :, -1:].clone(), pos=qs.pos[:, -1:].clone(), visible=None, window=None)

@@ -4,7 +4,7 @@ A recorded step does the same to the same memory, so what changes from step to s
 
 * windows are fixed (`Window.fixed`), and the column of the next token is a number on the device (`LayerKV.column`);
 * tensors that a step replaced (parts of a cache replace tensors, they do not write into them) are copied to where they
-  were before;
+  were before; what layers keep beside keys and values transformers writes in place;
 * what makes shapes jump (a flush, the cut of a bounded layer, a full window) happens between steps, from Python. Where
   all shapes are what they were, as under a budget, the result is copied to where it was; else steps are recorded anew.
 
@@ -15,6 +15,7 @@ A step that cannot be recorded, because it asks the host or because its shapes g
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class Steady:
         self.why, self.recorded, self.tries = "", 0, 0
         self.inputs: dict[str, Any] = {}
         self.held: list[list[Tensor]] = []
+        self.beside: list[Tensor] = []
         self.told: list[Any] = []
         self.wished: Callable[[], list[bool]] = list
         self.drop()
@@ -115,7 +117,7 @@ class Steady:
 
     def _recorded(self, step: Callable[[], tuple[Any, str]]) -> Any:
         """None where that failed and nothing was done."""
-        before = [layer.state.fork() for layer in self.layers]
+        before, beside = [layer.state.fork() for layer in self.layers], self.cache.states()
         self.drop()
         try:
             (self.out, why), self.again = RECORDERS[self.device.type](step)
@@ -125,6 +127,7 @@ class Steady:
             self.why, self.tries = f"{type(error).__name__}: {str(error).splitlines()[0]}", TRIES
             for layer, state in zip(self.layers, before, strict=True):
                 layer.state = state  # type: ignore[assignment]
+            self.cache.put_states(beside)
             self.release()
             return None
         self.recorded, self.tries = self.recorded + 1, 0
@@ -173,9 +176,13 @@ class Steady:
 
     def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        if any(layer.state.window.before is None for layer in self.layers) or outline(given) != outline(self.inputs):
+        moved = any(layer.state.window.before is None for layer in self.layers) or not _same(
+            self.cache.beside, self.beside
+        )
+        if moved or outline(given) != outline(self.inputs):
             self.release()
             self.tries += 1
+            self.beside = self.cache.beside
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
             self.column = torch.full((1,), self.cache.get_seq_length(), dtype=torch.int32, device=self.device)
             for layer in self.layers:
@@ -237,6 +244,10 @@ def _later(flags: Tensor | None) -> Callable[[], list[bool]]:
         return there.tolist()
 
     return values
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _tensors(state: State) -> list[Tensor]:

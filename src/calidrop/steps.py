@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calidrop.compiled import CompilerError, run_compiled
 from calidrop.plugin import CACHE, using
 from calidrop.steady import RECORDERS, Steady
-from calidrop.support import check_model, check_plain, in_chunks
+from calidrop.support import check_model, in_chunks
 
 if TYPE_CHECKING:
     from calidrop.cache import KVCache
@@ -34,7 +34,6 @@ class Steps:
     def __init__(self, cache: KVCache, model: nn.Module, graph: bool, compile: bool):
         self.cache, self.compile, self.why = cache, compile, ""
         asked = " and ".join(n for n, x in (("graph=True", graph), ("compile=True", compile)) if x)
-        check_plain(model, asked)
         devices = sorted({str(x.device) for x in model.parameters()})
         device = torch.device(devices[0])
         if graph and (len(devices) > 1 or device.type not in RECORDERS):
@@ -82,7 +81,7 @@ class Steps:
         given |= {**using(self.cache), "use_cache": True, "return_dict": True}
         if self.compile:
             try:
-                return run_compiled(model, plain, self.cache.layers_here, given)
+                return run_compiled(model, plain, self.cache, given)
             except CompilerError as error:  # before anything ran
                 self.compile, self.why = False, f"not compiled: {' '.join(str(error).split())[:200]}"
         return plain(model, **given)

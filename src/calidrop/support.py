@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,12 +110,14 @@ def stateful(config: Any) -> list[str]:
 def sharing(config: Any) -> dict[int, int]:
     """Layers with keys and values that other layers ask too, by their index: how many ask them, the layer itself
     included (Gemma 3n, Gemma 4: the last layers ask those of the last of their kind before them)."""
+    return {own: 1 + n for own, n in Counter(sharers(config).values()).items()}
+
+
+def sharers(config: Any) -> dict[int, int]:
+    """Which layer's keys and values those without any of their own ask, by their index."""
     kinds, first = _kinds(config), _first_shared(config)
-    found: dict[int, int] = {}
-    for kind in kinds[first:]:
-        own = max((i for i in range(first) if kinds[i] == kind), default=-1)
-        found[own] = found.get(own, 1) + 1
-    return found
+    last = {kind: i for i, kind in enumerate(kinds[:first])}
+    return {i: last.get(kind, -1) for i, kind in enumerate(kinds) if i >= first}
 
 
 def _first_shared(config: Any) -> int:
