@@ -6,8 +6,9 @@ A page of The Time Machine goes through the model under transformers' DynamicCac
 for all recipes at once (`calidrop.tee`): what each took to compress stands for itself, so that other work on the
 machine, which makes whole passes differ by a fifth, slows no recipe but all. Two passes are told apart, since the
 attention of a prompt may find column sums on the way (`sums`: h2o). Recipes that run the prompt in a way of their own
-(judge_q) get a pass each, in which compression is not told apart. "over plain": the best pass with the best
-compression, over the best of DynamicCache, less 1; "compressing" is the second of these alone, over the same.
+(judge_q), and all on models whose layers are not all plain, get a pass each, in which compression is not told apart.
+"over plain": the best pass with the best compression, over the best of DynamicCache, less 1; "compressing" is the
+second of these alone, over the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import calidrop
 from benchmarks.page import begin, options
 from calidrop.plugin import ATTENTION, using
 from calidrop.recipe import parse
+from calidrop.support import check_model
+from calidrop.support import plain as is_plain
 from calidrop.tee import prefill
 
 RECIPES = [
@@ -41,6 +44,7 @@ RECIPES = [
     ),
 ]
 PLAIN = "DynamicCache"
+HEAD = f"{'context':>7} {'cache':34} {'best s':>8} {'compressing':>12} {'over plain':>11}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def shared(model: Any, ids: Tensor, recipes: Sequence[str]) -> tuple[float, list
     if model.config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
     start = time.perf_counter()
-    if parse(recipes[0]).alone:
+    if by_itself(model, recipes[0]):
         model(ids, **using(calidrop.KVCache(model, recipes[0], eager=True)), logits_to_keep=1)
         return time.perf_counter() - start, [0.0]
     caches = [calidrop.KVCache(model, recipe, eager=True) for recipe in recipes]
@@ -74,12 +78,17 @@ def shared(model: Any, ids: Tensor, recipes: Sequence[str]) -> tuple[float, list
     return time.perf_counter() - start - sum(own), own
 
 
+def by_itself(model: Any, recipe: str) -> bool:
+    """Whether it cannot share a pass with others."""
+    return parse(recipe).alone or not is_plain(check_model(model))
+
+
 def passes(model: Any, recipes: list[str]) -> list[list[str]]:
     """Recipes that are measured in one pass."""
     caches = {r: calidrop.KVCache(model, r) for r in recipes}
-    alone = [[r] for r in recipes if parse(r).alone]
+    alone = [[r] for r in recipes if by_itself(model, r)]
     rest = [r for r in recipes if [r] not in alone]
-    sums = [r for r in rest if any(layer.sums for layer in caches[r].layers)]
+    sums = [r for r in rest if any(layer.sums for layer in caches[r].layers_here)]
     return [group for group in ([r for r in rest if r not in sums], sums, *alone) if group]
 
 
@@ -99,9 +108,15 @@ def measure(model: Any, ids: Tensor, recipes: list[str], rounds: int) -> list[Ro
     found = {r: (best[i], own[r]) for i, group in enumerate(groups) for r in group}
     rows = [Row(ids.shape[1], PLAIN, least, None, 0.0)]
     for r in recipes:
-        total, part = sum(found[r]), None if parse(r).alone else found[r][1] / least
+        total, part = sum(found[r]), None if by_itself(model, r) else found[r][1] / least
         rows.append(Row(ids.shape[1], r, total, part, total / least - 1))
     return rows
+
+
+def show(rows: list[Row]) -> None:
+    for r in rows:
+        part = "" if r.compressing is None else f"{r.compressing:.1%}"
+        print(f"{r.context:7} {r.cache:34} {r.best_s:8.2f} {part:>12} {r.over_plain:+11.1%}", flush=True)
 
 
 def main() -> None:
@@ -111,13 +126,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model, tokens, machine = begin(args)
-    print(f"{machine}\n{'context':>7} {'cache':34} {'best s':>8} {'compressing':>12} {'over plain':>11}")
+    print(f"{machine}\n{HEAD}")
     found: list[Row] = []
     for context in map(int, args.contexts.split(",")):
         rows = measure(model, tokens[:, :context], args.recipe or RECIPES, args.rounds)
-        for r in rows:
-            part = "" if r.compressing is None else f"{r.compressing:.1%}"
-            print(f"{r.context:7} {r.cache:34} {r.best_s:8.2f} {part:>12} {r.over_plain:+11.1%}", flush=True)
+        show(rows)
         found += rows
         if args.json:
             args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in found]}, indent=1))

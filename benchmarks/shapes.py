@@ -2,10 +2,11 @@
 fast.
 
 python -m benchmarks.shapes [--shape deepseek-v2-lite] [--layers N] [--contexts 4096] [--batches 1] [--dtype bfloat16]
-                            [--recipe R ...] [--compiled] [--rounds 3] [--steps 4] [--json OUT]
+                            [--recipe R ...] [--compiled] [--prefill] [--rounds 3] [--steps 4] [--json OUT]
 
 Attention is of the model's shape; what is behind it in a layer is one dense layer as wide as the experts that a token
-takes, and the vocabulary is small. Rows are those of `benchmarks.decode`, over its tokens drawn at random.
+takes, and the vocabulary is small. Rows are those of `benchmarks.decode` or (`--prefill`) `benchmarks.prefill`, over
+tokens drawn at random.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import calidrop
+from benchmarks import prefill
 from benchmarks.decode import Bench, rows
 from calidrop import ops
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--recipe", action="append", help="default: a selection")
     parser.add_argument("--compiled", action="store_true", help="every recipe compiled too; minutes at the first step")
+    parser.add_argument("--prefill", action="store_true", help="time prompts, one row each, rather than steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of each cache in each round")
     parser.add_argument("--threads", type=int, default=2)
@@ -79,10 +82,16 @@ def main() -> None:
     layers = model.config.num_hidden_layers
     machine = f"{args.shape}, {layers} layers; {versions}, {args.dtype}, {args.threads} threads"
     print(f"{machine}; {ops.backend(torch.device('cpu'))}")
-    print(f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}")
-    found, bench = [], Bench(model, args.recipe or RECIPES, args.compiled)
+    decoding = f"{'context':>7} {'batch':>5} {'cache':56} {'best ms':>9} {'median ms':>9} {'MB':>8} {'times':>7}"
+    print(prefill.HEAD if args.prefill else decoding)
+    recipes = args.recipe or RECIPES
+    found, bench = [], None if args.prefill else Bench(model, recipes, args.compiled)
     for context in map(int, args.contexts.split(",")):
         ids = torch.randint(3, WORDS, (1, context), generator=torch.Generator().manual_seed(1))
+        if bench is None:
+            found += prefill.measure(model, ids, recipes, args.rounds)
+            prefill.show(found[-len(recipes) - 1 :])
+            continue
         batches = [int(b) for b in args.batches.split(",")]
         found += rows(bench, ids, batches, args.rounds, args.steps, partial(print, flush=True))
     if args.json:

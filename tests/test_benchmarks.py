@@ -128,8 +128,8 @@ LATENT, SHARED = calidrop.mla.LatentKV, calidrop.shared.SharedKV
 KINDS = {"deepseek-v2-lite": LATENT, "glm-4.7-flash": LATENT, "gemma-3n-e2b": SHARED, "llama-3.1-8b": None}
 
 
-@pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_shapes(shape, tmp_path, monkeypatch):
+def shrink(shape, monkeypatch) -> int:
+    """-> its layers."""
     kind, layers, given = shapes.SHAPES[shape]
     small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     if KINDS[shape] is LATENT:
@@ -139,6 +139,12 @@ def test_shapes(shape, tmp_path, monkeypatch):
         small |= {"head_dim": 16}
     monkeypatch.setitem(shapes.SHAPES, shape, (kind, layers, {**given, **small}))
     monkeypatch.setattr(shapes, "WORDS", 100)
+    return layers
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_shapes(shape, tmp_path, monkeypatch):
+    layers = shrink(shape, monkeypatch)
     out, recipes, caches = tmp_path / "rows.json", ("full", "snapkv(budget=40)+int4"), []
     named = [word for recipe in recipes for word in ("--recipe", recipe)]
     sizes = "--contexts", "96", "--batches", "1,2", "--rounds", "1", "--steps", "1", "--threads", "1"
@@ -154,6 +160,20 @@ def test_shapes(shape, tmp_path, monkeypatch):
         assert rows[b, recipes[1]]["device_bytes"] < rows[b, recipes[0]]["device_bytes"]
     ours = [layer for cache in caches if isinstance(cache, calidrop.KVCache) for layer in cache.layers_here]
     assert {type(layer) for layer in ours} - {calidrop.layer.LayerKV} == {KINDS[shape]} - {None}
+
+
+@pytest.mark.parametrize("shape", ["glm-4.7-flash", "llama-3.1-8b"])
+def test_prompts_of_shapes(shape, tmp_path, monkeypatch):
+    shrink(shape, monkeypatch)
+    out, recipes = tmp_path / "rows.json", ["full", "h2o(budget=40)"]
+    asked = "--prefill", "--recipe", recipes[0], "--recipe", recipes[1]
+    sizes = "--contexts", "96,128", "--rounds", "1", "--threads", "1", "--json", str(out)
+    monkeypatch.setattr(sys, "argv", ["shapes", "--shape", shape, *asked, *sizes])
+    shapes.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["context"], r["cache"]) for r in rows] == [(n, c) for n in (96, 128) for c in (prefill.PLAIN, *recipes)]
+    told_apart = {r["compressing"] is not None for r in rows if r["cache"] != prefill.PLAIN}
+    assert told_apart == {KINDS[shape] is None}
 
 
 def test_prefill(tiny, tmp_path, monkeypatch):  # noqa: F811
