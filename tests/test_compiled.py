@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_a_thousand_tokens_compile_once():
         logits = model(logits.argmax(-1), **using(cache)).logits
     assert logits.isfinite().all() and cache.get_seq_length() == 1061
     assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_threads_wait_for_each_other():
+    """Each step is answered by the cache it was given."""
+    model = tiny(num_hidden_layers=2)
+    given = [batch(rows=1, length=length) for length in (40, 61, 52)]
+    want = [generate(model, x, KVCache(model, SNAP, compile=True), 40)[1] for x in given]
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda x: generate(model, x, KVCache(model, SNAP, compile=True), 40)[1], given)
+        for got, expected in zip(found, want, strict=True):
+            assert worst(got, expected) < 1e-4
 
 
 @pytest.mark.slow
