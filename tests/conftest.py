@@ -7,7 +7,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+import typecheck
 from browser import browser, chromium  # noqa: F401  fixtures
+
+typecheck.install(*(f"calidrop.{x}" for x in ("tokens", "attention", "observe", "store", "budgets")))
 
 torch.set_num_threads(1)  # xdist runs one process per core
 if not torch.cuda.is_available():
