@@ -41,6 +41,7 @@ def test_pages_ask_nothing_of_a_network(browser, tmp_path):
     page = tmp_path / "page.html"
     page.write_text(render("pages/base.html").replace("</main>", '<img src="http://127.0.0.1:9/x.png"></main>'))
     browser.open(page)
+    browser.wait("return document.images[0].complete")  # images may be asked for after a page counts as loaded
     with pytest.raises(AssertionError, match="Content Security Policy"):
         browser.check()
     page.write_text('<script>fetch("http://127.0.0.1:9/x").catch(() => 0)</script>')
