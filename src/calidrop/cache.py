@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -71,17 +72,14 @@ class KVCache(Cache):
         config, layers = check_model(model), layers_of(model)
         self.others, self.asks = others(config), sharers(config)
 
-        def make(layer: Layer, reach: int | None) -> Callable[[], Plan]:
-            if reach is not None:
-                return lambda: Plan(None, 0, None, 1)
-            return lambda: self.recipe.plan(layer)
-
         both, every = states(config), dict(self.others)
         latents = latent_modules(model) if caches_latents(config) else {}
         for kind in {type(module) for module in latents.values()}:
             let_through(kind)
         for i, (layer, reach) in zip(layer_kinds(config), layers, strict=True):
-            how = make(layer, reach), reach, eager
+            # nothing of a layer may point to the cache, or its memory would wait for the garbage collector
+            make = partial(self.recipe.plan, layer) if reach is None else partial(Plan, None, 0, None, 1)
+            how = make, reach, eager
             if i in both:
                 every[i] = StatefulKV(both[i], *how)
             elif i in latents:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +51,13 @@ class Steady:
     """The steps of one cache. why: what stood in the way of recording last. recorded: how often steps were."""
 
     def __init__(self, cache: KVCache, device: torch.device):
-        self.cache, self.device = cache, device
+        self._cache, self.device = weakref.ref(cache), device
         self.why, self.recorded, self.tries = "", 0, 0
         self.inputs: dict[str, Any] = {}
         self.held: list[list[Tensor]] = []
         self.beside: list[Tensor] = []
         self.told: list[Any] = []
+        self.returned: list[str] = []
         self.wished: Callable[[], list[bool]] = list
         self.drop()
 
@@ -64,6 +66,12 @@ class Steady:
         self.wishes: Tensor | None = None
         self.out: Any = None
         self.again: Callable[[], None] | None = None
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     @property
     def layers(self) -> list[LayerKV]:
@@ -98,7 +106,8 @@ class Steady:
             out = self._first(step) if self.out is None else self._recorded(step)
         if out is None:
             return run(**given)
-        out = type(out)(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in out.items()})
+        said = {n: x.clone() if isinstance(x, Tensor) else x for n, x in out.items()}
+        out = type(out)(**said, **dict.fromkeys(self.returned, self.cache))
         self.wished = _later(self.wishes)
         self._settle({i for i, layer in enumerate(self.layers) if layer.between_steps(ROOM)})
         if any(layer.full for layer in self.layers):
@@ -138,10 +147,13 @@ class Steady:
         for layer in self.layers:
             layer.column = self.column
         try:
-            out = run(**self.inputs)
+            whole = run(**self.inputs)
         finally:
             for layer in self.layers:
                 layer.column = None
+        # without the cache, which has this: its memory would wait for the garbage collector
+        self.returned = [n for n, x in whole.items() if x is self.cache]
+        out = type(whole)(**{n: x for n, x in whole.items() if n not in self.returned})
         self.column.add_(1)
         why = self._put_back(range(len(self.layers)))
         self.wishes = self._wishes()

@@ -6,9 +6,11 @@ A model's `forward` is wrapped once; a pass that is one generated token per row 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ class Steps:
     """The steps of one cache. Raises ValueError where the model can never have such."""
 
     def __init__(self, cache: KVCache, model: nn.Module, graph: bool, compile: bool):
-        self.cache, self.compile, self.why = cache, compile, ""
+        self._cache = weakref.ref(cache)  # it has this: neither may keep the other's memory
+        self.compile, self.why = compile, ""
         asked = " and ".join(n for n, x in (("graph=True", graph), ("compile=True", compile)) if x)
         devices = sorted({str(x.device) for x in model.parameters()})
         device = torch.device(devices[0])
@@ -48,6 +51,19 @@ class Steps:
             )
         self.steady = Steady(cache, device) if graph else None
         self._install(model, asked)
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+    def __deepcopy__(self, memo: dict) -> Steps:
+        """Those of a copy of the cache, for whose memory nothing is recorded yet."""
+        new = copy.copy(self)
+        new._cache = weakref.ref(memo[id(self.cache)])
+        new.steady = self.steady and Steady(new.cache, self.steady.device)
+        return new
 
     def takes(self, kwargs: dict[str, Any]) -> bool:
         """Whether a forward pass is one generated token per row and asks for nothing else."""

@@ -1,0 +1,79 @@
+"""What programs do around a cache: drop it, set torch's defaults, train, cast, save."""
+
+import copy
+import gc
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import calidrop
+from calidrop import steady
+from calidrop.plugin import using
+from calidrop.state import tensors
+from helpers import kernels, predictor
+from tape import tape
+from tiny import batch, generate, soft, tiny, worst
+
+RECIPES = [
+    "full",
+    "h2o(budget=20)+int4",
+    "snapkv(budget=24, recent=8)+kivi(bits=4, group=16)+calidrop(recompute=0.3)",
+    "adakv(budget=24, recent=8)+calidrop(late=1)",
+    "h2o(budget=20)+mikv(bits=4)",
+    "expected_attention(budget=20)+calidrop(offload=False, summary=3)",
+    "r_kv(budget=24, every=8)",
+    f"judge_q(budget=20, file={soft(tiny())!r})",
+    predictor(24, dense=3, skip=1),
+]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_memory_is_free_when_nobody_has_the_cache(llama, recipe, graph, monkeypatch):
+    """At once: the garbage collector may wait for long."""
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    with kernels(monkeypatch, "torch") if graph else nullcontext():  # the C++ kernel is not on the tape
+        cache = calidrop.KVCache(llama, recipe, graph=graph)
+        generate(llama, batch(), cache, new=12)
+        assert cache.nbytes and cache.holdings() and cache.describe()
+    gc.collect()
+    gc.disable()
+    try:
+        states = [layer.state for layer in cache.layers_here]
+        held = [x for state in states for x in tensors(state)]
+        there = [weakref.ref(x) for x in (cache, *states, *held)]
+        del cache, states, held
+        assert sum(x() is not None for x in there) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_copy_records_its_own_steps(llama, monkeypatch):
+    """What was recorded writes to the memory of the first."""
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    with kernels(monkeypatch, "torch"), torch.no_grad():
+        _copied_and_recorded(llama)
+
+
+def _copied_and_recorded(llama):
+    cache = calidrop.KVCache(llama, "snapkv(budget=24, recent=8)", graph=True)
+    generate(llama, batch(), cache, new=8)
+    assert cache.steps is not None and cache.steps.steady is not None and cache.steps.steady.again is not None
+    twin = copy.deepcopy(cache)
+    assert twin.steps is not None and twin.steps.cache is twin and "from Python" in twin.steps.describe()
+    before = [x.clone() for x in tensors(cache.layers_here[0].state)]
+    said = []
+    for given in (twin, cache):
+        for token in (5, 6, 7, 8):
+            said.append(llama(torch.full((2, 1), token), **using(given)).logits)
+        if given is twin:
+            assert "replayed, recorded 1 times" in twin.steps.describe()
+            assert all(map(torch.equal, before, tensors(cache.layers_here[0].state)))
+    assert worst(torch.cat(said[:4]), torch.cat(said[4:])) < 1e-5
