@@ -77,3 +77,45 @@ def _copied_and_recorded(llama):
             assert "replayed, recorded 1 times" in twin.steps.describe()
             assert all(map(torch.equal, before, tensors(cache.layers_here[0].state)))
     assert worst(torch.cat(said[:4]), torch.cat(said[4:])) < 1e-5
+
+
+DEFAULTS = [*RECIPES, "snapkv(budget=24, recent=8)+kvcrush+decoquant(bits=4)", "pyramidkv(budget=24, recent=8)+int8"]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("recipe", DEFAULTS)
+def test_torch_may_have_other_defaults(llama, recipe, default):
+    """Scripts that load in bf16 set them; the kernel fills memory that has the size it was told."""
+    want, logits = generate(llama, batch(), calidrop.KVCache(llama, recipe))
+    torch.set_default_dtype(default)
+    try:
+        got, others = generate(llama, batch(), calidrop.KVCache(llama, recipe))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert others.dtype == torch.float32 and worst(logits, others) < 1e-4
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("recipe", DEFAULTS)
+def test_what_is_made_lies_where_the_model_is(llama, recipe):
+    """Whatever torch's default device is: a model may stay on the CPU beside it, and the host is always one."""
+    inputs, steps = batch(), 12
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    masks = [torch.cat([mask, mask.new_ones(2, i)], 1) for i in range(steps)]
+    given = [ids, *(torch.full((2, 1), i) for i in range(5, 4 + steps))]
+    places = [(x.cumsum(1) - 1).clamp(min=0)[:, -len(y[0]) :] for x, y in zip(masks, given, strict=True)]
+
+    def logits():
+        cache, out = calidrop.KVCache(llama, recipe), []
+        for x, mine, at in zip(given, masks, places, strict=True):
+            out.append(llama(x, attention_mask=mine, position_ids=at, **using(cache)).logits[:, -1])
+        return torch.stack(out)
+
+    with torch.no_grad():
+        want = logits()
+        torch.set_default_device("meta")
+        try:
+            got = logits()
+        finally:
+            torch.set_default_device(None)
+    assert worst(want, got) < 1e-5

@@ -71,7 +71,7 @@ class Prompt:
         self.k, self.v = (self._random(1, context, d).to(dtype) for d in (layer.head_dim, layer.value_dim))
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=self.draw)
+        return torch.randn(1, *shape, generator=self.draw, dtype=torch.float32)
 
     def queries(self, n: int, context: int, heads: int) -> Queries:
         """The last n of the context; every kv head of `heads` has the same."""
@@ -92,7 +92,7 @@ class Prompt:
             s.window = s.window.tail(reach)
         if s.store is not None:
             qs = self.queries(min(plan.observe, context), context, heads)
-            lse = torch.full(qs.q.shape[:3], math.log(context))
+            lse = torch.full(qs.q.shape[:3], math.log(context), dtype=torch.float32)
             step = Observation(qs, lse, s.context, s.start, beside=[qs.alone() for _ in range(asking - 1)])
             s.store.observe(step)
             for score in s.store.trackers():
@@ -100,7 +100,8 @@ class Prompt:
             if plan.soft is not None:
                 soft = self.queries(len(plan.soft), context, heads)
                 step = dataclasses.replace(
-                    step, soft=Observation(soft, torch.full(soft.q.shape[:3], 0.0), s.context, s.start)
+                    step,
+                    soft=Observation(soft, torch.full(soft.q.shape[:3], 0.0, dtype=torch.float32), s.context, s.start),
                 )
             s.due = plan.prompts
             if kv.keeps_queries:

@@ -24,7 +24,8 @@ def signs(D: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 @functools.cache
 @torch.inference_mode(False)  # it is kept, and a training may use it later
 def _block(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    matrix, two = torch.ones(1, 1), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    as_told = {"device": device, "dtype": dtype}
+    matrix, two = torch.ones(1, 1, **as_told), torch.tensor([[1.0, 1.0], [1.0, -1.0]], **as_told)
     while len(matrix) < n:
         matrix = torch.kron(matrix, two)
-    return matrix.to(device, dtype)
+    return matrix

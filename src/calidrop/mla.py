@@ -85,7 +85,10 @@ def _refusal(module: Any) -> str:
     if weight.is_meta:
         return ""
     up, draw = Up(module), torch.Generator().manual_seed(0)
-    z, p = (torch.randn(1, 1, 3, n, generator=draw).to(weight) for n in (up.rank, module.qk_rope_head_dim))
+    z, p = (
+        torch.randn(1, 1, 3, n, generator=draw, dtype=torch.float32, device="cpu").to(weight)
+        for n in (up.rank, module.qk_rope_head_dim)
+    )
     with torch.no_grad():  # whatever a module does beside this one linear layer would show
         found = module.expand_kv(z, p)
         rows = p.expand(1, len(up.keys), *p.shape[2:])

@@ -61,7 +61,7 @@ class HostLog(Host):
             last = self.segments.pop()
             data, valid = last.padded()
             if valid is None:
-                valid = torch.ones(*last.lens.shape, last.longest, dtype=torch.bool)
+                valid = torch.ones(*last.lens.shape, last.longest, dtype=torch.bool, device="cpu")
             self.segments[-1] = self.segments[-1].append(data, valid)
         self._pin(self.segments[-1])
 
@@ -129,7 +129,7 @@ class HostLog(Host):
         if s.uniform:
             cut = {n: x.flatten(0, 1)[:, start:stop].index_select(0, pairs) for n, x in s.data.items()}
         else:
-            at = torch.arange(start, stop)
+            at = torch.arange(start, stop, device="cpu")
             there = at < s.lens.flatten()[pairs, None]
             index = (_starts(s).flatten()[pairs, None] + at).masked_fill(~there, 0)
             cut = {n: x[index] for n, x in s.data.items()}
@@ -149,7 +149,7 @@ class HostLog(Host):
                     to[0, : end - start].copy_(flat[first + start : first + end], non_blocking=True)
         if s.uniform:
             return out, None
-        there = torch.arange(start, stop) < many[pairs, None]
+        there = torch.arange(start, stop, device="cpu") < many[pairs, None]
         return out, self._to_device(there[:, None])
 
     @contextmanager
@@ -182,7 +182,7 @@ class HostLog(Host):
 
     def _gathered(self, index: Tensor) -> Columns:
         """On the host, pinned beside a GPU."""
-        out, before = {}, torch.zeros(index.shape[:2], dtype=torch.long)
+        out, before = {}, torch.zeros(index.shape[:2], dtype=torch.long, device="cpu")
         for s in self.segments:
             at = index - before[..., None]
             mine = (at >= 0) & (at < s.lens[..., None])
@@ -192,8 +192,8 @@ class HostLog(Host):
             for n, x in s.data.items():
                 x = x.flatten(0, 2) if s.uniform else x
                 if first:  # the longest: everything, as if it were all there
-                    new = torch.empty(*index.shape, *x.shape[1:], dtype=x.dtype, pin_memory=self.device.type == "cuda")
-                    out[n] = new
+                    shape, pinned = (*index.shape, *x.shape[1:]), self.device.type == "cuda"
+                    new = out[n] = torch.empty(shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
                     torch.index_select(x, 0, rows, out=new.flatten(0, 2))
                 elif len(rows):
                     out[n][mine] = x.index_select(0, rows)
@@ -243,7 +243,7 @@ class Arrival(State):
 def _starts(s: Ragged) -> Tensor:
     """int64 [B,H], where each list begins in the flattened columns."""
     if s.uniform:
-        return torch.arange(s.lens.numel()).view_as(s.lens) * s.longest
+        return torch.arange(s.lens.numel(), device="cpu").view_as(s.lens) * s.longest
     flat = s.lens.flatten()
     return (flat.cumsum(0) - flat).view_as(s.lens)
 

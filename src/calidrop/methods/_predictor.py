@@ -109,7 +109,7 @@ class Predictor(Expectation):
         draw, weights = torch.Generator().manual_seed(seed), {}
         for name, shape in SHAPES.items():
             fan = torch.Size(SHAPES[name.replace("bias", "weight")]).numel() // shape[0] if "head" not in name else 32
-            weights[name] = (2 * torch.rand(shape, generator=draw) - 1) * fan**-0.5
+            weights[name] = (2 * torch.rand(shape, generator=draw, dtype=torch.float32, device="cpu") - 1) * fan**-0.5
         return Predictor(weights, power, decay)
 
     def on(self, device: torch.device) -> Predictor:

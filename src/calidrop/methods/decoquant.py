@@ -66,7 +66,7 @@ class Decomposed(Coded):
         came = keys.flatten(1).any(1)  # each row has those of its own first tokens
         if not bool(came.any()):
             return
-        none = torch.eye(CHUNK, device=keys.device)
+        none = torch.eye(CHUNK, dtype=keys.dtype, device=keys.device)
         found = [Split16(torch.where(came[:, None, None], x, none)) for x in (keys, values)]
         if self.missing is None or self.of_keys is None or self.of_values is None:
             self.of_keys, self.of_values = found

@@ -30,9 +30,10 @@ def anchored(bits: Tensor, candidates: Tensor, anchor: str, seed: int) -> Tensor
         n = candidates.sum(2)[..., None]
         return ((bits & candidates[..., None]).sum(2) * 2 >= n)[:, :, None]
     if anchor == "alternate":
-        vector = torch.arange(bits.shape[-1]) % 2 == 0
+        vector = torch.arange(bits.shape[-1], device="cpu") % 2 == 0
     else:
-        vector = torch.rand(bits.shape[-1], generator=torch.Generator().manual_seed(seed)) < 0.5
+        draw = torch.Generator().manual_seed(seed)
+        vector = torch.rand(bits.shape[-1], generator=draw, dtype=torch.float32, device="cpu") < 0.5
     return vector.to(bits.device).expand(*bits.shape[:2], 1, -1)
 
 

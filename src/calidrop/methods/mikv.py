@@ -40,7 +40,7 @@ class Balanced(Coded):
             return t
         B, H, _, D = t.k.shape
         if self.balance is None or self.missing is None:
-            self.balance = torch.ones(B, H, 1, 1, D, device=t.k.device)
+            self.balance = torch.ones(B, H, 1, 1, D, dtype=torch.float32, device=t.k.device)
             self.missing = torch.ones(B, dtype=torch.bool, device=t.k.device)
         came = t.valid.flatten(1).any(1)
         if self.q_max is not None:

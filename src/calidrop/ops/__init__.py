@@ -346,7 +346,7 @@ def mass_in_torch(qs: Queries, lse: Tensor, t: Tokens) -> Tensor:
     """`mass` without a kernel, in blocks of queries."""
     B, Hq, W, _ = qs.q.shape
     block = min(max(1, SCORE_BYTES // max(1, 4 * B * Hq * len(t))), 256)
-    total = torch.zeros(t.pos.shape, device=t.pos.device)
+    total = torch.zeros(t.pos.shape, dtype=torch.float32, device=t.pos.device)
     for start in range(0, W, block):
         part, norm = qs.slice(start, start + block), lse[:, :, start : start + block]
         n = len(t)

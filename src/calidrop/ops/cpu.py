@@ -76,6 +76,11 @@ def kernel() -> Kernel:
     return Kernel()
 
 
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to fill, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def refusal(qs: Queries) -> str:
     """Why `decode` cannot answer these queries; "" where it can."""
     return kernel().reason or piece.refusal(qs)
@@ -120,7 +125,7 @@ def decode(qs: Queries, parts: Sequence[Partial | Piece], heard: Heard | None = 
         if first is None and isinstance(p, Piece):
             first = p
     assert first is not None
-    out, lse = torch.empty(B, Hq, T, first.value_dim), torch.empty(B, Hq, T)
+    out, lse = blank(B, Hq, T, first.value_dim), blank(B, Hq, T)
     _ask(qs.q, first.heads, qs.scale, qs.softcap, told, out, lse)
     return out, lse
 
@@ -162,8 +167,8 @@ def step(
     heard = heard if T == 1 else None
     if heard is not None:
         logits, room = heard.room_for(v, (B, H, Hq // H, n - skip)).data_ptr(), n - skip
-    out = torch.empty(B, Hq, T, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    lse, keep = torch.empty(B, Hq, T), []
+    out = blank(B, Hq, T, Dv, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    lse, keep = blank(B, Hq, T), []
     told = [describe(p, qs.q, keep, heard) for p in parts]
     told.append(NOW.pack(0, logits, room, 0, n - skip, skip, D, T, last or 0) + stored)
     coming = *strided(new.k), *strided(new.values), *strided(new.pos), *at
@@ -184,7 +189,7 @@ def recall(q: Tensor, scale: float, lists: Sequence[tuple[Tensor, ...]]) -> tupl
     -> o [P,G,Dv], lse [P,G], the weighted mean key [P,G,D], fp32."""
     P, G, D = q.shape
     Dv = values(*lists[0][:2]).shape[-1]
-    out, lse, mean = torch.empty(P, G, Dv), torch.empty(P, G), torch.empty(P, G, D)
+    out, lse, mean = blank(P, G, Dv), blank(P, G), blank(P, G, D)
     told = [listed(k, v, lens, starts) for k, v, starts, lens in lists]
     _ask(q, 1, scale, None, told, out, lse, mean)
     return out, lse, mean
@@ -209,8 +214,8 @@ def remembered(
     H, Dv = evicted[0].lens.shape[1] if evicted else Hq, held[1].shape[-1]
     q, *old = (x.float().contiguous() for x in (q, *held))
     new = tuple(torch.empty_like(x) for x in old)
-    said, applied = torch.empty(B, Hq), torch.empty(B, Hq, dtype=torch.bool)
-    counts, asked = torch.empty(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
+    said, applied = blank(B, Hq), blank(B, Hq, dtype=torch.bool)
+    counts, asked = blank(B, 2, dtype=torch.int64), (ctypes.c_int64 * 1)()
     told = b"".join([whole(x) for x in evicted])
     kernel().remember(
         q.data_ptr(), *(x.data_ptr() for x in old), B, H, Hq // H, D, Dv, scale, order, recompute, apply, told,
@@ -237,7 +242,7 @@ def mass(qs: Queries, lse: Tensor, t: Tokens, largest: bool = False, block: int 
     H, N = t.k.shape[1:3]
     k, pos = t.k if t.k.stride(-1) == 1 else t.k.contiguous(), t.pos.int()
     q, norm, at = qs.q.float().contiguous(), lse.float().contiguous(), qs.pos.int().contiguous()
-    out = torch.empty(B, H, N // block)
+    out = blank(B, H, N // block)
     kernel().columns(
         array(k), array(pos), DTYPES[k.dtype], q.data_ptr(), norm.data_ptr(), at.data_ptr(),
         B, H, Hq // H, W, N, D, qs.scale, qs.softcap or 0.0, block, largest, out.data_ptr(), torch.get_num_threads(),
@@ -249,7 +254,7 @@ def weights(qs: Queries, lse: Tensor, logits: Tensor, largest: bool = False, blo
     """`mass` of one query whose logits [B,H,G,N] are there, as `decode` leaves them: [B,H,N/block]."""
     B, H, G, N = logits.shape
     norm, at = lse.float().contiguous(), qs.pos.int().contiguous()
-    out = torch.empty(B, H, N // block)
+    out = blank(B, H, N // block)
     kernel().weights(
         logits.data_ptr(), norm.data_ptr(), at.data_ptr(), B, H, G, N, block, largest, out.data_ptr(),
         torch.get_num_threads(),
@@ -263,7 +268,7 @@ def prompt(qs: Queries, t: Tokens) -> tuple[Partial, Tensor]:
     H, N, Dv = t.k.shape[1], len(t), t.v.shape[-1]
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (t.k, t.v))
     pos, q, at = t.pos.int(), qs.q.float().contiguous(), qs.pos.int().contiguous()
-    o, lse, sums = torch.empty(B, Hq, W, Dv), torch.empty(B, Hq, W), torch.empty(B, H, N)
+    o, lse, sums = blank(B, Hq, W, Dv), blank(B, Hq, W), blank(B, H, N)
     kernel().prompt(
         array(k), array(v), array(pos), DTYPES[k.dtype], q.data_ptr(), at.data_ptr(), B, H, Hq // H, W, N, D, Dv,
         qs.scale, qs.softcap or 0.0, o.data_ptr(), lse.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
@@ -288,7 +293,7 @@ def compares(k: Tensor) -> bool:
 def last_alike(k: Tensor, limit: float, later: bool) -> Tensor:
     """As `alike.last_alike`, of what `compares` allows."""
     B, H, N, D = k.shape
-    k, last = k.contiguous(), torch.empty(B, H, N, dtype=torch.int64)
+    k, last = k.contiguous(), blank(B, H, N, dtype=torch.int64)
     kernel().alike(k.data_ptr(), B * H, N, D, limit, later, last.data_ptr(), torch.get_num_threads())
     return last
 

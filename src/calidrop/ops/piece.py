@@ -29,7 +29,7 @@ class Heard:
         return logits if p.lens is None else logits.fill_(float("-inf"))
 
     def room_for(self, values: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-        logits = self.found[values.data_ptr()] = torch.empty(shape, device=values.device)
+        logits = self.found[values.data_ptr()] = torch.empty(shape, dtype=torch.float32, device=values.device)
         return logits
 
     def of(self, values: Tensor, slots: int) -> Tensor | None:

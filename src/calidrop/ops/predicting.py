@@ -24,7 +24,7 @@ def network(x: Tensor, real: Tensor | None, weights: Sequence[Tensor], newest: b
         x = x.contiguous()
     held = [w.contiguous() for w in weights]
     real = None if real is None else real.contiguous()
-    out = torch.empty(N, 3, C)
+    out = cpu.blank(N, 3, C)
     cpu.kernel().network(
         x.data_ptr(), x.stride(0), None if real is None else real.data_ptr(), *(w.data_ptr() for w in held),
         N, C, newest, out.data_ptr(), torch.get_num_threads(),
@@ -47,7 +47,7 @@ def follow(
     real, ids = (None if x is None else x.contiguous() for x in (real, ids))
     spans = 0 if ids is None else ids.shape[2]
     assert ids is None or spans, "no address says that there are no ids"
-    moved, later, row = torch.empty_like(history), torch.empty_like(sums), torch.empty(B, H, C)
+    moved, later, row = torch.empty_like(history), torch.empty_like(sums), cpu.blank(B, H, C)
     at, there = (None if x is None else x.data_ptr() for x in (ids, real))
     cpu.kernel().follow(
         history.data_ptr(), B * H, R, C, weights.data_ptr(), at, spans, weights.shape[2] // max(1, spans), there,

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from calidrop.attention import Partial, Queries
@@ -41,7 +40,7 @@ def attend(qs: Queries, pieces: Sequence[Piece], basis: Basis, start: Tensor, fr
     column of position 0; freq: fp32 [half]. -> o [B,Hq,T,Dv], lse [B,Hq,T], fp32."""
     B, Hq, T, D = qs.q.shape
     q, Dv = cpu.read(qs.q), basis.values.shape[0] // basis.heads
-    out, lse = torch.empty(B, Hq, T, Dv), torch.empty(B, Hq, T)
+    out, lse = cpu.blank(B, Hq, T, Dv), cpu.blank(B, Hq, T)
     like = q.new_empty(B, 1, T, basis.key_rank)  # as wide as the rows of pieces
     keep: list[Tensor] = []
     told = [describe(x, like, keep, None) for x in pieces]
