@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import calidrop
 from calidrop import steady
@@ -119,3 +120,71 @@ def test_what_is_made_lies_where_the_model_is(llama, recipe):
         finally:
             torch.set_default_device(None)
     assert worst(want, got) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=24, recent=8)+int4+calidrop(recompute=0.3)"])
+def test_gradients_are_right_or_refused(family, recipe):
+    """Those of a first prompt are right; none go through what a cache holds."""
+    model, inputs = tiny(family), batch(pads=(0, 0))
+    model.set_attn_implementation("eager")
+    model(**inputs, use_cache=False).logits.square().mean().backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    cache = calidrop.KVCache(model, recipe)
+    model(**inputs, **using(cache)).logits.square().mean().backward()
+    for n, p in model.named_parameters():
+        assert (p.grad is not None) == (n in want)
+        if n in want:
+            torch.testing.assert_close(p.grad, want[n], rtol=1e-3, atol=1e-4)
+    model.zero_grad()
+    for n in (1, 6, 1, 20):
+        out = model(inputs["input_ids"][:, :n], **using(cache)).logits
+        assert out.requires_grad
+        with pytest.raises(RuntimeError, match="no gradients go through the tokens of a calidrop KVCache"):
+            out.sum().backward()
+    with torch.no_grad():
+        twin, said = calidrop.KVCache(model, recipe), []
+        for n in (61, 1, 6, 1, 20):
+            said.append(model(inputs["input_ids"][:, :n], **using(twin)).logits)
+    assert worst(said[-1], out) < 1e-4
+    assert not any(x.requires_grad for layer in cache.layers_here for x in tensors(layer.state))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("recipe", ["full", "h2o(budget=80)+int8+calidrop"])
+def test_autocast(family, recipe):
+    """Rotated keys come in fp32 and values in bf16; what is cached is in bf16, as if the model were."""
+    model, inputs = tiny(family), batch()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        tokens, exact = generate(model, inputs, DynamicCache(config=model.config), new=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, stock = generate(model, inputs, DynamicCache(config=model.config), new=1)
+            cache = calidrop.KVCache(model, recipe)
+            _, ours = generate(model, inputs, cache, new=1)
+            step = model(tokens, **using(cache)).logits
+            assert {x.dtype for x in tensors(cache.layers_here[0].state.window.k)} == {torch.bfloat16}
+        full = calidrop.KVCache(model)
+        generate(model, inputs, full, new=1)
+        want = model(tokens, **using(full)).logits
+    rounding = worst(exact, stock)
+    assert worst(exact, ours) < 2 * rounding and worst(want, step) < 3 * rounding
+
+
+@pytest.mark.parametrize("kernel", ["", "torch"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_inference_mode_may_end(llama, recipe, kernel, monkeypatch):
+    """What was made under it nobody may write to later, and a cache goes on."""
+    ids = batch(pads=(0, 0))["input_ids"]
+    with kernels(monkeypatch, kernel):
+        said = []
+        for mode in (torch.no_grad, torch.inference_mode):
+            cache = calidrop.KVCache(llama, recipe)
+            with mode():
+                llama(ids[:, :40], **using(cache))
+                llama(ids[:, 40:41], **using(cache))
+            with torch.no_grad():
+                parts = ids[:, 41:42], ids[:, 42:55], ids[:, 55:56]
+                said.append(torch.cat([llama(x, **using(cache)).logits for x in parts], 1))
+    assert worst(*said) < 1e-5

@@ -107,6 +107,10 @@ class LayerKV(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return self.state.seen
 
+    @property
+    def old(self) -> bool:
+        return self.state.seen > 0
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.seen + int(query_length), 0
 
@@ -345,7 +349,10 @@ class LayerKV(CacheLayerMixin):
         else:
             if before:
                 parts.append(ops.attend(qs, s.window.tokens().slice(0, before)))
-            found, mass = ops.prompt_with_mass(qs, new) if sums else (ops.prompt(qs, new, self.reach), None)
+            if sums:
+                found, mass = ops.prompt_with_mass(qs, new)
+            else:
+                found = ops.prompt(qs, new, self.reach, sink is not None)
             parts.append(found)
         return *with_sink(qs, ops.joined(qs, parts), sink), mass
 

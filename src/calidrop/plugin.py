@@ -39,6 +39,11 @@ class Attending(Protocol):
     config: weakref.ref | None
     pending: tuple[Tensor, Tensor] | None
 
+    @property
+    def old(self) -> bool:
+        """Whether it holds tokens of earlier passes."""
+        ...
+
     def attend(
         self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None
     ) -> Tensor: ...
@@ -283,8 +288,33 @@ def attend(
             f"this cache was built for another model ({getattr(owner, 'model_type', 'gone')}), "
             f"got {type(module).__name__} of a {getattr(mine, 'model_type', '?')}: build one KVCache per model"
         )
-    o = layer.attend(query, attention_mask, scale, softcap, s_aux)
+    if torch.is_autocast_enabled(query.device.type):  # rotated keys came in fp32, values did not
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query = query.to(dtype)
+        layer.pending = layer.pending and (layer.pending[0].to(dtype), layer.pending[1].to(dtype))
+    if torch.is_grad_enabled() and layer.old:
+        asked = [x for x in (query, *(layer.pending or ())) if x.requires_grad]
+        with torch.no_grad():
+            o = layer.attend(query, attention_mask, scale, softcap, s_aux)
+        o = _Untaught.apply(o, *asked) if asked else o
+    else:
+        o = layer.attend(query, attention_mask, scale, softcap, s_aux)
     return o.transpose(1, 2).contiguous(), None
+
+
+class _Untaught(torch.autograd.Function):
+    """An answer whose gradients nobody knows: what a cache holds, it holds without, and kernels find none."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, *asked: Tensor) -> Tensor:
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "no gradients go through the tokens of a calidrop KVCache: call the model without a cache (or with a "
+            "DynamicCache) to train, and under torch.no_grad() to infer"
+        )
 
 
 def _plain(

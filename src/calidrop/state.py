@@ -200,6 +200,8 @@ class Buffer(State):
             if self.data is not None:
                 grown[:, :, : self.len] = self.data[:, :, : self.len]
             self.data = grown
+        elif self.data.is_inference() and not torch.is_inference_mode_enabled():
+            self.data = self.data.clone()  # torch lets nobody write to the other
         self.len = need
         return self.data
 

@@ -39,7 +39,7 @@ class Window(State):
             return
         at = len(self)
         for room, x in zip(self.grow(t), (t.k, t.v, t.pos), strict=True):
-            room[:, :, at : len(self)] = x
+            room[:, :, at : len(self)] = x.detach()  # no later step learns through them
 
     def _slot(self, t: Tokens) -> Tensor:
         assert self.before is not None

@@ -76,14 +76,16 @@ def _in_stretches(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: int) -> 
     return merge([*said, rest] if rest is not None else said)
 
 
-def prompt(qs: Queries, t: Tokens, reach: int | None = None) -> Partial:
+def prompt(qs: Queries, t: Tokens, reach: int | None = None, sink: bool = False) -> Partial:
     """A block of new queries over itself; t are the tokens of the same columns, perhaps with older ones in front.
 
-    reach: how far back a query can see at all, when that is bounded (sliding window): saves the work beyond it."""
+    reach: how far back a query can see at all, when that is bounded (sliding window): saves the work beyond it. sink:
+    whether the answer comes to depend on lse, of which `flash` knows no gradient."""
     if _in_kernel(qs, t) and cpu.leads(qs.q, len(t)):
         return cpu.prompt(qs, t)[0]
     T, N = len(qs), len(t)
     known = qs.softcap is None and (qs.visible is None or qs.window is not None)
+    known = known and not (sink and any(x.requires_grad for x in (qs.q, t.k, t.v)))
     if known and (N == T or (qs.window is not None and N <= 2 * T)):  # else most of the first block is for nothing
         if t.dense:
             out = _causal(qs.q, t.k, t.values, qs.scale, qs.window)
