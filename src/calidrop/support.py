@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from calidrop.mla import latent_modules, refusal
 from calidrop.rope import Rope
+from calidrop.rotary import half_split, rotary_of
 
 # Models whose attention does not hand keys and values to the attention interface untouched.
 REFUSED = {
@@ -26,7 +27,6 @@ REFUSED = {
     "jetmoe": "it reshapes cached keys and values inside the layer",
     "minimax": "its linear layers need a cache of a class of their own",
 }
-INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "glm4_moe", "ernie4_5", "llama4_text", "gptj", "helium")
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
 HYBRIDS = 5, 17  # the first version of transformers with which the others of these are tested
 BOTH = ("hybrid", "hybrid_sliding")  # which have keys and values, and a state of constant size
@@ -194,16 +194,18 @@ def _kinds(config: Any) -> list[str]:
 
 
 def rope_of(model: Any) -> Rope | None:
-    """The rotary frequencies of the full-attention layers; None if there are none, or not in half-split layout."""
+    """The rotary frequencies of the decoder's full-attention layers; None if there are none, or keys are rotated in
+    another way than `Rope` does it."""
     text = check_model(model)
-    if text.model_type in INTERLEAVED or caches_latents(text):
+    decoder = model.get_decoder()  # not all of the model: vision towers have frequencies of their own
+    found = rotary_of(decoder)
+    if found is None or caches_latents(text):
         return None
-    for module in model.modules():
-        for name in ("full_attention_inv_freq", "inv_freq"):
-            freq = getattr(module, name, None)
-            if isinstance(freq, Tensor):
-                return Rope(freq.detach().float())
-    return None
+    freq, heads = getattr(*found).detach().float(), heads_of(text)
+    narrowest = min((heads[i][2] for i, reach in layer_kinds(text).items() if reach is None), default=0)
+    if 2 * len(freq) > narrowest or not half_split(decoder, *found):
+        return None
+    return Rope(freq)
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:

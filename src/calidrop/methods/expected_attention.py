@@ -71,7 +71,8 @@ def expected_attention(
 
     def score(layer: Layer) -> Score:
         if layer.rope is None:
-            raise ValueError("expected_attention needs half-split rotary positions, which this model does not have")
+            model = layer.model_type or "this model"
+            raise ValueError(f"expected_attention needs half-split rotary positions, which {model} does not have")
         return ExpectedAttention(layer.rope, future, sinks, every is not None)
 
     return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=every)

@@ -15,6 +15,7 @@ from calidrop.methods._artefact import facts, key_samples
 from calidrop.methods._latents import Basis
 from calidrop.plugin import using
 from calidrop.rope import Rope
+from calidrop.rotary import rotary_of, scaling_of
 from calidrop.support import attention_modules, check_model, check_plain
 
 Call = dict[str, Any]
@@ -45,8 +46,9 @@ class Run:
         if layer.rope is None:
             raise ValueError(f"recalkv: {name} has no rotary positions in the half-split layout")
         self.heads, self.dim, self.rope = layer.kv_heads, layer.head_dim, layer.rope.inv_freq.cpu()
-        factors = [float(m.attention_scaling) for m in model.modules() if hasattr(m, "attention_scaling")]
-        self.scaling = factors[0] if factors else 1.0
+        rotary = rotary_of(model.get_decoder())
+        assert rotary is not None
+        self.scaling = scaling_of(*rotary)
         self.attention = attention_modules(model)
         lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(described))
         first = self.attention.get(self.whole[0])
