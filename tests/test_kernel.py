@@ -275,13 +275,20 @@ def use(flags: tuple[str, ...], monkeypatch) -> None:
         monkeypatch.setattr(cpu, "kernel", lambda: other)
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_it_is_compiled_once_and_says_so(locks, tmp_path, monkeypatch, caplog):
-    """By whoever comes first; where the file system knows no locks, by all who come before it is there."""
+@pytest.fixture
+def one(tmp_path, monkeypatch):
+    """A single small source, and an empty cache."""
     (tmp_path / "cpp").mkdir()
-    (tmp_path / "cpp" / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    source = tmp_path / "cpp" / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
     monkeypatch.setattr(build, "SOURCES", tmp_path / "cpp")
     monkeypatch.setenv("CALIDROP_CACHE", str(tmp_path / "cache"))
+    return source
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_it_is_compiled_once_and_says_so(locks, one, tmp_path, monkeypatch, caplog):
+    """By whoever comes first; where the file system knows no locks, by all who come before it is there."""
     if not locks:
 
         def refuse(self):
@@ -297,6 +304,18 @@ def test_it_is_compiled_once_and_says_so(locks, tmp_path, monkeypatch, caplog):
     build.built(())
     assert len(said) == len([x for x in caplog.records if x.name == build.__name__])
     assert not list((tmp_path / "cache").glob(".compiling-*"))
+
+
+@pytest.mark.parametrize("left", [0, 0.4, 0.99, "garbage"])
+def test_a_damaged_library_is_compiled_again(left, one):
+    library = build.built(())
+    whole = library.read_bytes()
+    library.write_bytes(b"no library" * 9 if left == "garbage" else whole[: int(left * len(whole))])
+    assert build.built(()) == library
+    assert ctypes.CDLL(str(library)).one() == 1
+    before = library.stat().st_mtime_ns
+    build.built(())
+    assert library.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DIGEST = hashlib.sha256().digest_size  # bytes behind the library, the hash of those before
 log = logging.getLogger(__name__)
 
 
@@ -37,13 +38,22 @@ def built(flags: tuple[str, ...]) -> Path:
     )
     name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
-    if not (folder / name).is_file():
+    if not _whole(folder / name):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f".{name}.lock"):
-            if not (folder / name).is_file():
+            if not _whole(folder / name):
                 log.warning("Compiling calidrop's kernels for this CPU (once, 10 to 60 s)")
                 _compile(compiler, flags, folder / name)
     return folder / name
+
+
+def _whole(library: Path) -> bool:
+    """Whether it is there as it was written. Loading one that was cut short kills the process (SIGBUS)."""
+    try:
+        data = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(data[:-DIGEST]).digest() == data[-DIGEST:]
 
 
 @contextmanager
@@ -70,6 +80,8 @@ def _compile(compiler: str, flags: tuple[str, ...], to: Path) -> None:
             objects = list(pool.map(one, sorted(SOURCES.glob("*.cpp"))))
         command = [compiler, "-shared", *objects, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
+        with made.open("ab") as file:  # loaders do not look behind the end
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, to)
 
 
