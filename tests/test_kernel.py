@@ -318,6 +318,34 @@ def test_a_damaged_library_is_compiled_again(left, one):
     assert library.stat().st_mtime_ns == before
 
 
+def test_a_compiler_may_have_arguments(one, monkeypatch):
+    one.write_text('extern "C" int one() { return SAID; }')
+    monkeypatch.setenv("CXX", "g++ -DSAID=7 '-DTWO=a b'")
+    assert ctypes.CDLL(str(build.built(()))).one() == 7
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-g++ -O2", "CXX=no-such-g++ -O2: there is no program no-such-g++"),
+        ("g++ 'x", "CXX=g++ 'x: No closing quotation"),
+    ],
+)
+def test_a_compiler_that_is_not_there_is_named(compiler, reason, one, monkeypatch):
+    build.built(())
+    monkeypatch.setenv("CXX", compiler)
+    assert cpu.Kernel().reason == reason
+
+
+def test_the_reason_is_what_the_compiler_said(one, monkeypatch):
+    monkeypatch.setenv("CXX", "g++")
+    one.write_text('#warning "first"\nint one() { return no_such_name; }')
+    reason = cpu.Kernel().reason
+    assert reason.startswith("g++ failed: ") and "one.cpp:2:" in reason and "no_such_name" in reason
+    monkeypatch.setenv("CXX", "false")  # says nothing
+    assert cpu.Kernel().reason == "false failed: exit status 1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["g++-9", "g++-10", "g++-11", "clang++"])
 def test_other_compilers(compiler, monkeypatch):

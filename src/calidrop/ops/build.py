@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,15 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def built(flags: tuple[str, ...]) -> Path:
-    """The compiled library. flags: further ones. Raises OSError where there is no compiler, SubprocessError where it
-    fails."""
+    """The compiled library. flags: further ones. Raises OSError where there is no compiler, SubprocessError with its
+    first error where it fails."""
     _share_openmp()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler (g++ or clang++)")
+    compiler = _compiler()
     flags = (*FLAGS, *flags)
     told = "\n".join(
-        (*(file.read_text() for file in sorted(SOURCES.iterdir())), compiler, *flags, platform.machine(), features())
+        (*(file.read_text() for file in sorted(SOURCES.iterdir())), *compiler, *flags, platform.machine(), features())
     )
     name = f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("CALIDROP_CACHE") or platformdirs.user_cache_dir("calidrop"))
@@ -45,6 +44,21 @@ def built(flags: tuple[str, ...]) -> Path:
                 log.warning("Compiling calidrop's kernels for this CPU (once, 10 to 60 s)")
                 _compile(compiler, flags, folder / name)
     return folder / name
+
+
+def _compiler() -> list[str]:
+    """A program and its arguments. Raises OSError where there is none."""
+    wish = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(wish)
+    except ValueError as error:
+        raise OSError(f"CXX={wish}: {error}") from error
+    if words and shutil.which(words[0]) is None:
+        raise OSError(f"CXX={wish}: there is no program {words[0]}")
+    found = words or [x for x in (shutil.which("g++") or shutil.which("clang++"),) if x]
+    if not found:
+        raise OSError("no C++ compiler (g++ or clang++)")
+    return found
 
 
 def _whole(library: Path) -> bool:
@@ -71,24 +85,32 @@ def _alone(lock: Path) -> Iterator[None]:
         own.release()
 
 
-def _compile(compiler: str, flags: tuple[str, ...], to: Path) -> None:
+def _compile(compiler: list[str], flags: tuple[str, ...], to: Path) -> None:
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".compiling-") as temporary:
         made = Path(temporary) / to.name
         # not linked with a runtime of its own: two of them in one process fight for the cores
         one = functools.partial(_compiled, compiler, ("-c", *flags), Path(temporary))
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(one, sorted(SOURCES.glob("*.cpp"))))
-        command = [compiler, "-shared", *objects, "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        _run([*compiler, "-shared", *objects, "-o", str(made)])
         with made.open("ab") as file:  # loaders do not look behind the end
             file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, to)
 
 
-def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, source: Path) -> str:
+def _compiled(compiler: list[str], flags: tuple[str, ...], folder: Path, source: Path) -> str:
     to = str(folder / f"{source.stem}.o")
-    subprocess.run([compiler, *flags, str(source), "-o", to], check=True, capture_output=True, text=True)
+    _run([*compiler, *flags, str(source), "-o", to])
     return to
+
+
+def _run(command: list[str]) -> None:
+    """Raises SubprocessError with what the compiler said first of what is wrong, else with the last it said."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        wrong = [line for line in said if "error" in line.lower()] + said[-1:] + [f"exit status {done.returncode}"]
+        raise subprocess.SubprocessError(f"{command[0]} failed: {wrong[0]}")
 
 
 @functools.cache
