@@ -225,6 +225,13 @@ def test_what_needs_measuring(option, tmp_path):
     assert told == "Error: --plot and --text need --measure\n"
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p"])
+def test_a_picture_of_no_known_format_is_refused_before_anything_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("calidrop.cli.load_model", lambda *args: pytest.fail("a model was loaded"))
+    told = run("--context", 100, "--measure", "--plot", tmp_path / name, code=2).stderr
+    assert told.startswith("Error: cannot draw ") and "expected a name that ends in .png (or" in told
+
+
 def test_command_with_a_config(tmp_path):
     tiny().config.save_pretrained(tmp_path)
     out = tmp_path / "plan.json"

@@ -177,8 +177,11 @@ def plan(
     recipes, words = parse_recipes(recipe) if recipe else None, read_text(text) if measure else ""
     check_writable(json_out)
     check_writable(plot)
-    lm, tokenizer = load_model(model, threads, dtype) if config is None else (None, None)
     from calidrop import pareto
+
+    if plot is not None:
+        pareto.check_drawing(plot)
+    lm, tokenizer = load_model(model, threads, dtype) if config is None else (None, None)
     from calidrop.plan_cli import overall, print_advice
     from calidrop.planning import plan as run
     from calidrop.skeleton import read_config

@@ -20,14 +20,25 @@ def front(points: Sequence[tuple[float, float]]) -> set[int]:
     return set(range(len(points))) - beaten
 
 
-def draw(advice: Advice, path: str | Path) -> None:
-    """KL against device bytes of every measured option, both logarithmic, the front marked and named, as a PNG. Needs
-    matplotlib (the extra `plot`). Raises ValueError where nothing was measured or it is missing."""
+def check_drawing(path: str | Path) -> None:
+    """Raises ValueError where `draw` cannot write such a file: matplotlib is missing or knows no such format."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("drawing needs matplotlib: pip install 'calidrop[plot]'") from None
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in known:
+        raise ValueError(f"cannot draw {path}: expected a name that ends in .png (or {', '.join(known)})")
+
+
+def draw(advice: Advice, path: str | Path) -> None:
+    """KL against device bytes of every measured option, both logarithmic, the front marked and named, as a PNG, or
+    what else the name of the file says. Needs matplotlib (the extra `plot`). Raises ValueError where nothing was
+    measured, and as `check_drawing` does."""
+    check_drawing(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     measured = [o for o in advice.options if o.row is not None]
     if not measured:
         raise ValueError("nothing was measured, so there is nothing to draw: KL needs --measure")
