@@ -9,7 +9,7 @@ import calidrop
 from calidrop import methods
 from calidrop.methods import METHODS, adakv, expected_attention, full, h2o, kivi, pyramidkv, snapkv, streaming_llm, tova
 from calidrop.parts import Evictor, Rest, Storage
-from calidrop.recipe import Recipe, parse
+from calidrop.recipe import Recipe, outline, parse
 from tiny import tiny
 
 SAME = {
@@ -253,3 +253,27 @@ def test_docstring_cites_its_paper_first(name):
     if name not in ("full", "int8", "fp8"):  # nobody's paper
         assert number
         assert number[0] in first
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+".join(["full"] * 3000),
+        "(" * 3000 + "full" + ")" * 3000,
+        f"snapkv(budget={'-' * 3000}1)",
+        "-" * 400 + "1",
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="write it like") as error:
+        parse(text)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    assert isinstance(outline(text), list)
+
+
+@pytest.mark.parametrize("wish", [10**20, 10**400, 2**31])
+def test_whole_numbers_are_below_those_of_positions(wish):
+    for text in (f"snapkv(budget={wish})", f"streaming_llm(budget=64, sinks={wish})", f"kivi(residual={wish})"):
+        with pytest.raises(ValueError, match=rf"(at most|<=) {2**31 - 1}\b.*, got {wish}"):
+            parse(text)
+    assert str(parse(f"snapkv(budget={2**31 - 1})")) == f"snapkv(budget={2**31 - 1})"

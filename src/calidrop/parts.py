@@ -25,6 +25,8 @@ from calidrop.store import Budget, Discard, Score, Split, Store
 if TYPE_CHECKING:
     from calidrop.recipe import Recipe
 
+MOST = 2**31 - 1  # of whole numbers: positions are int32
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -218,8 +220,10 @@ def _arguments(signature: inspect.Signature) -> str:
 def check_budget(name: str, budget: int | float, recent: int, called: str = "recent") -> None:
     """A budget is a whole number of tokens above `recent`, or a fraction of the prompt in (0, 1). called: the name
     that `recent` has as an argument."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
         raise ValueError(f"{name}: budget must be tokens per kv head (int > 0) or a fraction in (0, 1), got {budget!r}")
+    if budget > MOST:
+        raise ValueError(f"{name}: budget must be at most {MOST} tokens, got {budget!r}")
     if isinstance(budget, float) and budget >= 1:
         raise ValueError(
             f"{name}: a float budget is a fraction of the prompt in (0, 1), got {budget!r}; for tokens write an int"
@@ -232,6 +236,8 @@ def check_budget(name: str, budget: int | float, recent: int, called: str = "rec
 def check_int(what: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{what} must be a whole number >= {least}, got {value!r}")
+    if value > MOST:
+        raise ValueError(f"{what} must be a whole number <= {MOST}, got {value!r}")
 
 
 def check_every(name: str, every: Any) -> None:

@@ -105,7 +105,9 @@ def _read(recipe: str | Part | Recipe) -> Recipe:
     try:
         calls = _calls(recipe)
     except SyntaxError:
-        raise ValueError(f"cannot read the recipe {recipe!r}; write it like 'snapkv(budget=512)+calidrop'") from None
+        raise ValueError(
+            f"cannot read the recipe {_shown(recipe)}; write it like 'snapkv(budget=512)+calidrop'"
+        ) from None
     return Recipe(tuple(_part(call, recipe) for call in calls))
 
 
@@ -120,15 +122,24 @@ def outline(recipe: str) -> list[tuple[str, str]]:
 
 
 def _calls(recipe: str) -> list[ast.expr]:
-    """What is joined by +. Raises SyntaxError."""
-    left, calls = [ast.parse(recipe.strip(), mode="eval").body], []
-    while left:
-        node = left.pop()
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            left += [node.right, node.left]
-        else:
-            calls.append(node)
+    """What is joined by +. Raises SyntaxError, also for what is nested too deeply for Python."""
+    try:
+        left, calls = [ast.parse(recipe.strip(), mode="eval").body], []
+        while left:
+            node = left.pop()
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                left += [node.right, node.left]
+            else:
+                ast.unparse(node)  # goes deeper than whatever reads it later
+                calls.append(node)
+    except (RecursionError, MemoryError) as error:
+        raise SyntaxError("nested too deeply") from error
     return calls
+
+
+def _shown(recipe: str) -> str:
+    """In quotes, as much of it as fits a message."""
+    return repr(recipe) if len(recipe) <= 200 else f"{recipe[:200]!r}... ({len(recipe)} characters)"
 
 
 def _part(node: ast.expr, recipe: str) -> Part:
@@ -138,10 +149,11 @@ def _part(node: ast.expr, recipe: str) -> Part:
     name = call.func if call else node
     if not isinstance(name, ast.Name):
         raise ValueError(
-            f"cannot read {ast.unparse(node)!r} in the recipe {recipe!r}; write it like 'snapkv(budget=512)'"
+            f"cannot read {ast.unparse(node)!r} in the recipe {_shown(recipe)}; write it like 'snapkv(budget=512)'"
         )
     if name.id not in METHODS:
-        raise ValueError(f"unknown method {name.id!r} in the recipe {recipe!r}; known: {', '.join(sorted(METHODS))}")
+        known = ", ".join(sorted(METHODS))
+        raise ValueError(f"unknown method {name.id!r} in the recipe {_shown(recipe)}; known: {known}")
     try:
         args = [ast.literal_eval(a) for a in call.args] if call else []
         kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
