@@ -86,6 +86,8 @@ class PositionMask:
     prompt though there may be only one. ends: whether they end it; None where that is not known. assisted: whether
     assisted decoding runs."""
 
+    ndim = 4  # of the tensor that others would make: a decoder that is given one passes it on as it is
+
     def __init__(
         self,
         pads: Tensor | None = None,
@@ -215,10 +217,13 @@ def mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | PositionMask | None = None,
     **kwargs: Any,
 ) -> PositionMask:
-    """What transformers calls once per kind of layer and forward pass. attention_mask: bool [B, columns] or None."""
+    """What transformers calls once per kind of layer and forward pass. attention_mask: bool [B, columns], None, or what
+    an outer model got here."""
+    if isinstance(attention_mask, PositionMask):
+        return attention_mask
     if q_length == 0:
         raise ValueError("empty prompt: expected at least one token, got none")
     pads, start = attention_mask, int(q_offset)

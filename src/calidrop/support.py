@@ -25,6 +25,7 @@ REFUSED = {
     "gpt_neo": "its attention does not use transformers' attention interface",
     "diffllama": "it reshapes cached keys and values inside the layer",
     "jetmoe": "it reshapes cached keys and values inside the layer",
+    "mllama_text_model": "its layers with cross-attention look into the cache for the keys of images",
     "minimax": "its linear layers need a cache of a class of their own",
 }
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
