@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from calidrop import KVCache
-from tiny import COMMON, batch, generate, worst
+from calidrop.plugin import using
+from tiny import COMMON, batch, generate, tiny, worst
 
 
 def test_an_outer_model_makes_the_mask():
@@ -38,3 +39,32 @@ def test_a_model_that_looks_into_the_cache_is_refused():
     with pytest.raises(ValueError, match=r"\(mllama_text_model\) is not supported: .* keys of images"):
         KVCache(model)
     assert model.config._attn_implementation != "calidrop"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])  # two without sdpa: softcap, sinks
+@torch.no_grad()
+def test_a_static_cache_after_ours(family):
+    """Its columns are filled from the front; the sliding ones wrap."""
+    model = tiny(family)
+    model.set_attn_implementation("eager" if family in ("gemma2", "gpt_oss") else "sdpa")
+
+    def steps(inputs, **changes):
+        """Logits of a prompt, a block and single tokens, and what `generate` says."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        at, cache = (mask.cumsum(1) - 1).clamp(min=0), StaticCache(config=model.config, max_cache_len=80)
+        out = []
+        for a, b in ((0, 18), (18, 30), *((i, i + 1) for i in range(30, 40))):
+            given = changes or {"attention_mask": mask[:, :b], "position_ids": at[:, a:b]}
+            out.append(model(ids[:, a:b], **given, **using(cache)).logits)
+        real = mask[:, :, None].bool() if not changes else mask.new_ones(1, dtype=torch.bool)
+        return torch.cat(out, 1).masked_fill(~real, 0), *generate(model, inputs, cache_implementation="static")
+
+    for inputs, changes in ((batch(2, 40, (0, 9)), {}), (batch(1, 40, (0,)), {"attention_mask": None})):
+        model.set_attn_implementation("eager" if family in ("gemma2", "gpt_oss") else "sdpa")
+        want = steps(inputs, **changes)
+        KVCache(model)
+        assert model.config._attn_implementation == "calidrop"
+        got = steps(inputs, **changes)
+        assert worst(want[0], got[0]) < 2e-4
+        assert worst(want[2], got[2]) < 2e-4
+        assert torch.equal(want[1], got[1])

@@ -47,7 +47,7 @@ class KVCache(Cache):
     """A compressed KV cache for `model.generate(..., cache=cache)` or a plain forward call (the keyword was
     `past_key_values` before transformers 5.24).
 
-    model: a transformers decoder; its attention implementation is set to "calidrop" (a DynamicCache still works there).
+    model: a transformers decoder; its attention implementation is set to "calidrop" (other caches still work there).
     recipe: what to do, as a string or as parts ("full" compresses nothing). eager: in
     plain forward calls, compress every layer right after it attended a block of tokens, as `generate` does at the end
     of a prompt, instead of when the next token comes: the peak is one layer's full cache, and a prompt fed in several

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from calidrop import attention as oracle
 from calidrop.tokens import Tokens
@@ -210,6 +210,10 @@ def _from_tensor(mask: Tensor) -> oracle.Visible:
     return visible
 
 
+def _as_given(mask: Tensor | None) -> PositionMask:
+    return PositionMask(visible=None if mask is None else _from_tensor(mask))
+
+
 def mask(
     batch_size: int,
     q_length: int,
@@ -219,11 +223,15 @@ def mask(
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | PositionMask | None = None,
     **kwargs: Any,
-) -> PositionMask:
+) -> PositionMask | Tensor | None:
     """What transformers calls once per kind of layer and forward pass. attention_mask: bool [B, columns], None, or what
-    an outer model got here."""
+    an outer model got here. -> what sdpa would get where the columns do not end with the queries: a static cache is
+    filled from the front (and its offset is a tensor)."""
     if isinstance(attention_mask, PositionMask):
         return attention_mask
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
+        places = batch_size, q_length, kv_length, q_offset, kv_offset
+        return sdpa_mask(*places, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if q_length == 0:
         raise ValueError("empty prompt: expected at least one token, got none")
     pads, start = attention_mask, int(q_offset)
@@ -279,11 +287,11 @@ def attend(
     if compiling():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.calidrop.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
-    if not isinstance(attention_mask, PositionMask):
-        attention_mask = PositionMask(visible=None if attention_mask is None else _from_tensor(attention_mask))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, Handle):
         return _plain(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs)
+    if not isinstance(attention_mask, PositionMask):
+        attention_mask = _as_given(attention_mask)
     layer = key.layer
     owner = layer.config() if layer.config is not None else None
     mine = getattr(module, "config", owner)
@@ -327,7 +335,7 @@ def _plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: PositionMask,
+    mask: PositionMask | Tensor | None,
     dropout: float,
     scale: float,
     softcap: float | None,
@@ -337,6 +345,12 @@ def _plain(
     """Another cache, or none: what sdpa would have done, and softcap and sinks where sdpa cannot."""
     T = query.shape[2]
     N = key.shape[2]
+    if not isinstance(mask, PositionMask):
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
+        if mask is None and 1 < T < N:  # what sdpa makes of the first tokens in a static cache
+            N, key, value = T, key[:, :, :T], value[:, :, :T]
+        mask = _as_given(mask)
     trivial = mask.visible is None and mask.pads is None and (T == 1 or T == N)
     if softcap is None and s_aux is None:
         q_pos, pos = mask.columns(query, 1, N)
