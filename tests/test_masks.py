@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
-from calidrop import KVCache
+from calidrop import KVCache, plugin
 from calidrop.plugin import using
 from tiny import COMMON, batch, generate, tiny, worst
 
@@ -68,3 +68,77 @@ def test_a_static_cache_after_ours(family):
         assert worst(want[0], got[0]) < 2e-4
         assert worst(want[2], got[2]) < 2e-4
         assert torch.equal(want[1], got[1])
+
+
+def causal(n, hidden, dtype=torch.float32):
+    return torch.full((1, 1, n, n), hidden, dtype=dtype).triu(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(under ours, under sdpa)"""
+    ours, sdpa = tiny(), tiny()
+    sdpa.set_attn_implementation("sdpa")
+    KVCache(ours)
+    return ours, sdpa
+
+
+def said(model, ids, mask, cache):
+    return model(ids, attention_mask=mask, **using(cache)).logits
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4])
+@torch.no_grad()
+def test_an_additive_mask_hides_what_is_far_below_zero(models, hidden):
+    ours, sdpa = models
+    ids, mask = batch(2, 40, (0, 0))["input_ids"], causal(40, hidden)
+    mask[..., 20:, 3:9] = hidden
+    mask = torch.cat([mask, causal(40, hidden)])
+    want = said(sdpa, ids, mask, DynamicCache(config=sdpa.config))
+    for cache in (KVCache(ours), DynamicCache(config=ours.config)):
+        assert worst(want, said(ours, ids, mask, cache)) < 2e-4
+    softcapped = tiny("gemma2", sliding_window=64)
+    got = [said(softcapped, ids, m, KVCache(softcapped)) for m in (mask, mask == 0)]
+    got.append(said(softcapped, ids, mask, DynamicCache(config=softcapped.config)))
+    softcapped.set_attn_implementation("eager")
+    want = said(softcapped, ids, mask, DynamicCache(config=softcapped.config))
+    assert max(worst(want, x) for x in got) < 2e-4
+
+
+@torch.no_grad()
+def test_biases_and_masks_per_head_are_refused_or_honoured(models):
+    ours, sdpa = models
+    ids = batch(1, 40, (0,))["input_ids"]
+    at = torch.arange(40)
+    biased = causal(40, float("-inf")) - 0.5 * (at[:, None] - at).abs()
+    of_heads = causal(40, float("-inf")).repeat(1, 6, 1, 1)
+    of_heads[:, 3, 10:, :5] = float("-inf")
+    for mask, why in (
+        (biased, r"adds -\d+(\.5)? to a score, expected 0 .* or -1000 and less"),
+        (causal(40, -100.0), "adds -100 to a score, expected 0"),
+        (of_heads, r"shape \[1, 6, 40, 40\], expected \[1, 1, 40, 40\]"),
+        (causal(40, float("-inf"))[..., :30], r"shape \[1, 1, 40, 30\], expected \[1, 1, 40, 40\]"),
+        (causal(40, 1, torch.long), "got a mask of torch.int64, expected bool or floating point"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            said(ours, ids, mask, KVCache(ours))
+    for mask in (biased, of_heads):  # another cache: sdpa takes both
+        want = said(sdpa, ids, mask, DynamicCache(config=sdpa.config))
+        assert worst(want, said(ours, ids, mask, DynamicCache(config=ours.config))) < 2e-4
+
+
+@torch.no_grad()
+def test_an_additive_mask_is_read_once_per_forward_call(models, monkeypatch):
+    ours, _ = models
+    ids, mask, read = batch(1, 40, (0,))["input_ids"], causal(40, -1e9), []
+    shown = plugin._shown
+    monkeypatch.setattr(plugin, "_shown", lambda mask: read.append(mask) or shown(mask))
+    said(ours, ids, mask, KVCache(ours))
+    assert len(read) == 1
+    mask[..., 20:, 3:9] = -1e9  # in place
+    got = said(ours, ids, mask, KVCache(ours))
+    assert len(read) == 2
+    assert worst(got, said(ours, ids, mask == 0, KVCache(ours))) < 1e-6
+    read.clear()
+    del mask
+    assert not plugin._read  # nothing of it stays

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
@@ -29,7 +30,9 @@ ATTENTION = "calidrop"
 ASSISTED = "_assisted_decoding"  # the method of transformers that proposes, verifies and crops
 _TAKES = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
 SLIDING = sliding_window_causal_mask_function(1)
+HIDDEN = -1000.0  # what an additive mask has at most where it hides: nothing is left of e^-1000
 in_step = False  # while a compiled step runs
+_read = WeakTensorKeyDictionary()  # additive masks of the user's: which layer asked last, and what it was told
 CACHE = "cache" if "cache" in _TAKES else "past_key_values"  # its name before transformers 5.24
 
 
@@ -43,6 +46,8 @@ class Attending(Protocol):
     def old(self) -> bool:
         """Whether it holds tokens of earlier passes."""
         ...
+
+    def get_seq_length(self) -> int: ...
 
     def attend(
         self, q: Tensor, mask: PositionMask, scale: float, softcap: float | None, sink: Tensor | None
@@ -194,24 +199,53 @@ def within(window: int) -> PositionMask:
 
 
 def _from_tensor(mask: Tensor) -> oracle.Visible:
-    """A 4-D mask of the user's, bool or additive, [B,1 or H,T,columns] for the current queries."""
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """A 4-D mask of the user's, bool or additive, [B or 1,1,T,columns] for the current queries."""
+    seen = mask if mask.dtype == torch.bool else _shown(mask)
     offset = mask.shape[-1] - mask.shape[-2]
 
     def visible(q_pos: Tensor, kv_pos: Tensor) -> Tensor:
         rows = (q_pos - offset).clamp(min=0).long()  # a later block of the queries starts further down
         B, H, N = kv_pos.shape
-        picked = seen.expand(B, -1, -1, -1).gather(
-            2, rows[:, None, :, None].expand(B, seen.shape[1], -1, seen.shape[3])
-        )
+        picked = seen.expand(B, -1, -1, -1).gather(2, rows[:, None, :, None].expand(B, 1, -1, seen.shape[3]))
         at = kv_pos.clamp(min=0)[:, :, None].expand(B, H, rows.shape[1], N).long()
         return picked.expand(B, H, -1, -1).gather(3, at)
 
     return visible
 
 
-def _as_given(mask: Tensor | None) -> PositionMask:
-    return PositionMask(visible=None if mask is None else _from_tensor(mask))
+def _shown(mask: Tensor) -> Tensor:
+    """Which columns an additive mask shows, bool. Raises ValueError where it says more than that."""
+    if not mask.is_floating_point():
+        raise ValueError(f"got a mask of {mask.dtype}, expected bool or floating point")
+    seen = mask == 0
+    other = ~(seen | (mask <= HIDDEN))
+    if bool(other.any()):
+        raise ValueError(
+            f"got a mask that adds {mask[other][0].item():g} to a score, expected 0 (visible) or {HIDDEN:g} and less "
+            "(hidden): biases are not supported"
+        )
+    return seen
+
+
+def _as_given(module: nn.Module, query: Tensor, mask: Tensor | None, columns: int | None) -> PositionMask:
+    """The mask that the user gave for queries [B,Hq,T,D], [B or 1,1,T,columns], or none. columns: None where nobody
+    knows. An additive one is read, for which the device is waited, by the first layer of a forward pass alone. Raises
+    ValueError for one of another shape or with other values than `_shown` takes."""
+    if mask is None:
+        return PositionMask()
+    B, T, N = query.shape[0], query.shape[2], mask.shape[-1] if columns is None else columns
+    if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[1:] != (1, T, N):
+        raise ValueError(
+            f"got a mask of shape {list(mask.shape)}, expected [{B}, 1, {T}, {N}], the same for all heads: "
+            "rows, 1, queries, columns"
+        )
+    if mask.dtype == torch.bool:
+        return PositionMask(visible=_from_tensor(mask))
+    at, known = getattr(module, "layer_idx", -1), _read.get(mask)
+    # else another pass asks, before which it may have been written into
+    read = known[1] if known is not None and known[0] < at else PositionMask(visible=_from_tensor(mask))
+    _read[mask] = at, read
+    return read
 
 
 def mask(
@@ -290,8 +324,6 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, Handle):
         return _plain(module, query, key, value, attention_mask, dropout, scale, softcap, s_aux, kwargs)
-    if not isinstance(attention_mask, PositionMask):
-        attention_mask = _as_given(attention_mask)
     layer = key.layer
     owner = layer.config() if layer.config is not None else None
     mine = getattr(module, "config", owner)
@@ -301,15 +333,18 @@ def attend(
             f"this cache was built for another model ({getattr(owner, 'model_type', 'gone')}), "
             f"got {type(module).__name__} of a {getattr(mine, 'model_type', '?')}: build one KVCache per model"
         )
+    if not isinstance(attention_mask, PositionMask):
+        columns = None if layer.pending is None else layer.get_seq_length() + query.shape[2]
+        attention_mask = _as_given(module, query, attention_mask, columns)
     if torch.is_autocast_enabled(query.device.type):  # rotated keys came in fp32, values did not
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
         layer.pending = layer.pending and (layer.pending[0].to(dtype), layer.pending[1].to(dtype))
     if torch.is_grad_enabled() and layer.old:
-        asked = [x for x in (query, *(layer.pending or ())) if x.requires_grad]
+        learns = [x for x in (query, *(layer.pending or ())) if x.requires_grad]
         with torch.no_grad():
             o = layer.attend(query, attention_mask, scale, softcap, s_aux)
-        o = _Untaught.apply(o, *asked) if asked else o
+        o = _Untaught.apply(o, *learns) if learns else o
     else:
         o = layer.attend(query, attention_mask, scale, softcap, s_aux)
     return o.transpose(1, 2).contiguous(), None
@@ -350,7 +385,7 @@ def _plain(
             return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
         if mask is None and 1 < T < N:  # what sdpa makes of the first tokens in a static cache
             N, key, value = T, key[:, :, :T], value[:, :, :T]
-        mask = _as_given(mask)
+        mask = _as_given(module, query, mask, N)
     trivial = mask.visible is None and mask.pads is None and (T == 1 or T == N)
     if softcap is None and s_aux is None:
         q_pos, pos = mask.columns(query, 1, N)
