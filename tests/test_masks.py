@@ -142,3 +142,66 @@ def test_an_additive_mask_is_read_once_per_forward_call(models, monkeypatch):
     read.clear()
     del mask
     assert not plugin._read  # nothing of it stays
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("new", [1, 9])
+@torch.no_grad()
+def test_a_mask_that_changes_its_mind_about_cached_columns(family, new):
+    model, ids = tiny(family), batch(2, 60, (0, 0))["input_ids"]
+    plain = torch.ones(2, 60, dtype=torch.long)
+    holes = plain.clone()
+    holes[1, 5:20] = 0
+
+    def second(first, then, between=False):
+        """Logits behind 40 columns, of which `first` said something and `then` says something."""
+        cache = KVCache(model, "h2o(budget=30)")
+        model(ids[:, :40], attention_mask=None if first is None else first[:, :40], **using(cache))
+        if between:  # what came meanwhile without a mask is real
+            model(ids[:, 40:45], **using(cache))
+        at = cache.get_seq_length()
+        model(ids[:, at : at + new], attention_mask=then[:, : at + new], **using(cache))
+        return model(ids[:, at + new : at + new + 1], attention_mask=then[:, : at + new + 1], **using(cache)).logits
+
+    hidden, shown = "got 0 in column 5 of row 1, expected 1", "got 1 in column 5 of row 1, expected 0"
+    for first, then, why in ((plain, holes, hidden), (None, holes, hidden), (holes, plain, shown)):
+        for between in (False, True):
+            with pytest.raises(ValueError, match=why):
+                second(first, then, between)
+    late = plain.clone()
+    late[0, 42] = 0
+    with pytest.raises(ValueError, match="got 0 in column 42 of row 0, expected 1"):
+        second(plain, late, between=True)
+    for mask in (plain, holes, holes.bool(), late):  # which hides a column before it comes
+        assert second(mask, mask).isfinite().all()
+    second(None, plain)
+    short = KVCache(model)
+    model(ids[:, :40], attention_mask=plain[:, :40], **using(short))
+    model(ids[:, 40:41], attention_mask=plain[:, :1], **using(short))
+
+
+@torch.no_grad()
+def test_a_mask_that_is_written_into(models):
+    ours, _ = models
+    ids, mask, cache = batch(1, 60, (0,))["input_ids"], torch.ones(1, 60, dtype=torch.bool), KVCache(ours)
+    mask[0, :3] = False
+    ours(ids[:, :40], attention_mask=mask[:, :40], **using(cache))
+    before = cache.nbytes
+    mask[0, :5] = False
+    for _ in range(2):  # it stays as it was
+        with pytest.raises(ValueError, match="got 0 in column 3 of row 0, expected 1"):
+            ours(ids[:, 40:41], attention_mask=mask[:, :41], **using(cache))
+        assert (cache.get_seq_length(), cache.nbytes) == (40, before)
+    mask[0, 3:5] = True
+    ours(ids[:, 40:41], attention_mask=mask[:, :41], **using(cache))
+
+
+@torch.no_grad()
+def test_masks_are_compared_once_per_step_and_only_with_pads(models, monkeypatch):
+    ours, _ = models
+    compared, compare = [], plugin._compare
+    monkeypatch.setattr(plugin, "_compare", lambda *args: compared.append(args) or compare(*args))
+    generate(ours, batch(2, 40, (0, 0)), KVCache(ours), new=8)
+    assert not compared
+    generate(ours, batch(2, 40, (0, 9)), KVCache(ours), new=8)
+    assert len(compared) == 7

@@ -43,6 +43,7 @@ class AbreastLayer(CacheLayerMixin):
         assert self.pending is not None
         own, n = copy.copy(mask), len(self.layers)
         own.pads = None if mask.pads is None else mask.pads[: len(q) // n]  # the same prompts for all
+        own.given = 0  # each cache would compare it for itself
         out = []
         for i, (layer, *qkv) in enumerate(zip(self.layers, *(x.chunk(n) for x in (q, *self.pending)), strict=True)):
             start = time.thread_time()

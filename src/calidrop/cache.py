@@ -152,7 +152,8 @@ class KVCache(Cache):
         statistics included. Compresses a waiting prompt first. Where several processes share a model, this and the
         other counts are those of this process: its heads, or its layers."""
         self.compress()
-        return held_bytes([(layer.state, layer.undo) for layer in self.layers_here]) + self._beside_nbytes
+        held = [(layer.state, layer.undo, layer.told) for layer in self.layers_here]
+        return held_bytes(held) + self._beside_nbytes
 
     @property
     def host_nbytes(self) -> int:

@@ -22,7 +22,7 @@ from calidrop.holding import Holding
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import Handle, PositionMask, asked, at_column
+from calidrop.plugin import REAL, Handle, PositionMask, Told, asked, at_column
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
@@ -76,6 +76,7 @@ class LayerKV(CacheLayerMixin):
         self.plan = self.make()
         self.state = LayerState(self.plan.store)
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.told: Told | None = REAL  # what masks said of the columns so far; None: not known
         self.soft_columns = 0  # how many of the next columns are soft tokens that look at a prompt (`soft.py`)
         self.record_past = False
         self.assisted = False  # while recording: whether assisted decoding asked for it
@@ -151,16 +152,19 @@ class LayerKV(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.loosen()
+        self.told = None
         self.state.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.loosen()
+        self.told = None
         if self.state.context is not None:
             rows = torch.arange(len(self.state.context), device=self.state.context.device)
             self.state.take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.loosen()
+        self.told = None
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self.state.take_rows(rows)
 
@@ -186,6 +190,7 @@ class LayerKV(CacheLayerMixin):
             q, k, v = q[:, :, :T], k[:, :, :T], v[:, :, :T]
         qs, new = asked(q, k, v, mask, self.state.seen, scale, softcap)
         self._expect(new)
+        self.told = mask.agreed(self.told, self.state.seen, T)
         self.keep_recording(mask.prompt, mask.assisted)
         prompt = self.prompt_part(T, mask.prompt)
         if self.record_past:
@@ -219,9 +224,10 @@ class LayerKV(CacheLayerMixin):
         """Whether something asks for the column sums of a prompt's attention."""
         return self.state.store is not None and any(score.sums for score in self.state.store.trackers())
 
-    def learn(self, qs: Queries, new: Tokens, lse: Tensor, mass: Tensor | None) -> None:
+    def learn(self, qs: Queries, new: Tokens, lse: Tensor, mass: Tensor | None, told: Told | None) -> None:
         """A first prompt that something else attended exactly (`tee`): what the layer would hold had it done so."""
         assert not self.state.seen
+        self.told = told
         self._expect(new)
         self.state.window.append(new)
         self._prompted(replace(qs, prompt=True), lse, mass)

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,31 @@ def using(cache: Any) -> dict[str, Any]:
     return {CACHE: cache}
 
 
+class Told(NamedTuple):
+    """What masks said of a cache's columns. pads: bool [B,columns], True for real tokens, as are all behind them; None:
+    all real."""
+
+    pads: Tensor | None = None
+
+
+REAL = Told()  # one for all layers, as they are told apart by identity
+
+
+def _compare(was: Tensor | None, now: Tensor | None, n: int) -> None:
+    """Raises ValueError where two masks (as in `Told`) differ in their first n columns."""
+    one: Any = now if was is None else was
+    real = one.new_ones(len(one), n)
+    both = [real if x is None else F.pad(x[:, :n], (0, max(0, n - x.shape[1])), value=True) for x in (was, now)]
+    differ = both[0].to(both[1].device) != both[1]
+    if bool(differ.any()):
+        row, column = differ.nonzero()[0].tolist()
+        got = int(both[1].expand_as(differ)[row, column])
+        raise ValueError(
+            f"the attention mask must say of cached columns what it said when they came: got {got} in column {column} "
+            f"of row {row}, expected {1 - got}"
+        )
+
+
 class PositionMask:
     """The model's mask as a function of positions.
 
@@ -89,7 +114,7 @@ class PositionMask:
     visible: None for the plain causal rule. window: how many columns it shows where it is a sliding window. first:
     the column of the first key, in a cache that forgets its oldest. prompt: whether the new columns belong to a
     prompt though there may be only one. ends: whether they end it; None where that is not known. assisted: whether
-    assisted decoding runs."""
+    assisted decoding runs. given: of how many columns the user said whether they are real."""
 
     ndim = 4  # of the tensor that others would make: a decoder that is given one passes it on as it is
 
@@ -103,10 +128,12 @@ class PositionMask:
         ends: bool | None = None,
         assisted: bool = False,
         window: int | None = None,
+        given: int = 0,
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
-        self.prompt, self.ends, self.assisted, self.window = prompt, ends, assisted, window
+        self.prompt, self.ends, self.assisted, self.window, self.given = prompt, ends, assisted, window, given
         self._known: tuple[Any, Tensor, Tensor] | None = None  # what `positions` said last: most layers ask the same
+        self._agreed: tuple[Any, Told | None] | None = None  # what `agreed` said last
 
     def to(self, device: Any, non_blocking: bool = False, **kwargs: Any) -> PositionMask:
         """accelerate moves the inputs of every layer to its device."""
@@ -131,6 +158,30 @@ class PositionMask:
                 pos = pos.masked_fill(~self.pads[:, seen : seen + new].to(device), -1)
             self._known = asked, pos, pos[:, None].expand(batch, heads, new)
         return self._known[1:]
+
+    def agreed(self, told: Told | None, seen: int, new: int) -> Told | None:
+        """What a cache of `seen` columns knows of them and of `new` ones. told: what it knew. Raises ValueError where a
+        column was a pad when it came and is none now, or the other way round. All layers of a pass share one answer,
+        and a device is not waited for at every generated token of padded rows: their next block is compared."""
+        if not self.given:
+            return told if self.pads is None else None
+        asked = told, seen, new
+        if self._agreed is None or self._agreed[0][0] is not told or self._agreed[0][1:] != asked[1:]:
+            self._agreed = asked, self._agree(told, seen, new)
+        return self._agreed[1]
+
+    def _agree(self, told: Told | None, seen: int, new: int) -> Told | None:
+        now = self.pads
+        if told is not None and seen:
+            was = told.pads
+            if was is None and now is None:
+                return told
+            one: Any = now if was is None else was
+            suspect = now is None or (was is None and not self.new_pads)  # a pad is there alone
+            if new == 1 and one.device.type != "cpu" and not suspect:
+                return Told(now) if self.new_pads else told
+            _compare(was, now, min(self.given, seen))
+        return Told(None if now is None else now.clone())  # the user may go on writing into it
 
     def columns(self, query: Tensor, heads: int, n: int) -> tuple[Tensor, Tensor]:
         """Positions of the queries [B,T] and keys [B,heads,n] of a cache that holds the last n columns."""
@@ -268,7 +319,7 @@ def mask(
         return sdpa_mask(*places, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if q_length == 0:
         raise ValueError("empty prompt: expected at least one token, got none")
-    pads, start = attention_mask, int(q_offset)
+    pads, start, given = attention_mask, int(q_offset), 0 if attention_mask is None else attention_mask.shape[-1]
     if pads is not None and pads.shape[-1] < kv_length:
         pads = F.pad(pads, (0, kv_length - pads.shape[-1]), value=True)
     if pads is not None and bool(pads.all()):
@@ -278,7 +329,7 @@ def mask(
     visible, window = (None, None) if plain else (_from_function(mask_function), _sliding(mask_function))
     caller = sys._getframe(1)
     assisted = called_from(caller, ASSISTED) is not None
-    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(caller), assisted, window)
+    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(caller), assisted, window, given)
 
 
 def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:

@@ -21,7 +21,7 @@ from calidrop.attention import with_sink
 from calidrop.cache import KVCache
 from calidrop.compare import now
 from calidrop.layer import LayerKV
-from calidrop.plugin import Handle, PositionMask, asked, using
+from calidrop.plugin import REAL, Handle, PositionMask, asked, using
 from calidrop.support import check_plain
 
 
@@ -110,8 +110,9 @@ class _TeeLayer(CacheLayerMixin):
         else:
             found = ops.prompt(qs, new, self.reach)
         o, lse = with_sink(qs, found, sink)
+        told = mask.agreed(REAL, 0, k.shape[2])
         for i, layer in enumerate(self.layers):
             start = now(q)
-            layer.learn(qs, new, lse, mass)
+            layer.learn(qs, new, lse, mass, told)
             self.seconds[i] = now(q) - start
         return o
