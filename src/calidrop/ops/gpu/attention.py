@@ -123,7 +123,7 @@ def _split_wide(qs: Queries, pieces: list[Piece], heard: Heard | None, least: in
     blocks, groups = [block for block, *_ in tiles], max(-(-R // rows) for _, rows, *_ in tiles)
     programs = _warps(q.device) // max(warps for _, _, warps, _ in tiles)
     per, ends = _stretches(pieces, B * H * groups, blocks, least // 4, programs)  # few tokens are many bytes already
-    o = torch.empty(B * H, ends[-1], R, D, device=q.device)
+    o = torch.empty(B * H, ends[-1], R, D, dtype=torch.float32, device=q.device)
     lse = o.new_empty(o.shape[:3])
     for p, some, first, last, (block, rows, warps, stages) in zip(pieces, per, ends, ends[1:], tiles, strict=False):
         left = None if heard is None or T > 1 else heard.room(p, B, R)
