@@ -36,6 +36,8 @@ OTHERWISE = {
     "glm_ocr_text": MROPE,
     "helium": {"head_dim": 8},
     "nanochat": {},  # half-split, but turned the other way
+    "smollm3": {},  # every fourth layer does not rotate
+    "exaone4": {"sliding_window": 24, "sliding_window_pattern": 2},  # nor do those that see all
 }
 
 
@@ -69,7 +71,7 @@ def test_cached_keys_of_half_split_models_rotate_back(family):
 def test_models_that_rotate_otherwise_are_refused_by_name(family):
     model = model_of(family, OTHERWISE[family])
     assert unrotated(model) is None
-    with pytest.raises(ValueError, match=f"half-split rotary positions, which {family} does not have"):
+    with pytest.raises(ValueError, match=f"half-split rotary positions, which {family} does not have in every layer"):
         KVCache(model, "expected_attention(budget=32)")
 
 

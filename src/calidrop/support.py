@@ -28,6 +28,11 @@ REFUSED = {
     "mllama_text_model": "its layers with cross-attention look into the cache for the keys of images",
     "minimax": "its linear layers need a cache of a class of their own",
 }
+# Models of which some layers do not rotate keys; what the others do says nothing of those.
+PARTLY = (
+    *("smollm3", "exaone4", "exaone4_5", "exaone4_5_text", "exaone_moe", "kolibri1", "afmoe", "flint"),
+    *("granite_swa", "granitemoe_swa", "lara_mini", "muse_spark_text", "muse_glimmer_text"),
+)
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
 HYBRIDS = 5, 17  # the first version of transformers with which the others of these are tested
 BOTH = ("hybrid", "hybrid_sliding")  # which have keys and values, and a state of constant size
@@ -196,11 +201,11 @@ def _kinds(config: Any) -> list[str]:
 
 def rope_of(model: Any) -> Rope | None:
     """The rotary frequencies of the decoder's full-attention layers; None if there are none, or keys are rotated in
-    another way than `Rope` does it."""
+    another way than `Rope` does it, or not in every layer."""
     text = check_model(model)
     decoder = model.get_decoder()  # not all of the model: vision towers have frequencies of their own
     found = rotary_of(decoder)
-    if found is None or caches_latents(text):
+    if found is None or caches_latents(text) or text.model_type in PARTLY:
         return None
     freq, heads = getattr(*found).detach().float(), heads_of(text)
     narrowest = min((heads[i][2] for i, reach in layer_kinds(text).items() if reach is None), default=0)

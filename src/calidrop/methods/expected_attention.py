@@ -72,7 +72,9 @@ def expected_attention(
     def score(layer: Layer) -> Score:
         if layer.rope is None:
             model = layer.model_type or "this model"
-            raise ValueError(f"expected_attention needs half-split rotary positions, which {model} does not have")
+            raise ValueError(
+                f"expected_attention needs half-split rotary positions, which {model} does not have in every layer"
+            )
         return ExpectedAttention(layer.rope, future, sinks, every is not None)
 
     return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=every)
