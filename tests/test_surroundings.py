@@ -188,3 +188,21 @@ def test_inference_mode_may_end(llama, recipe, kernel, monkeypatch):
                 parts = ids[:, 41:42], ids[:, 42:55], ids[:, 55:56]
                 said.append(torch.cat([llama(x, **using(cache)).logits for x in parts], 1))
     assert worst(*said) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=24, recent=8)+int4", "h2o(budget=20)+calidrop(late=1)"])
+def test_recorded_steps_go_on_after_inference_mode(llama, recipe, monkeypatch):
+    monkeypatch.setitem(steady.RECORDERS, "cpu", tape)
+    ids, said = batch(pads=(0, 0))["input_ids"], []
+    with kernels(monkeypatch, "torch"):
+        for graph in (False, True):
+            cache = calidrop.KVCache(llama, recipe, graph=graph)
+            out = []
+            for at, mode in ((0, torch.inference_mode), (46, torch.no_grad), (52, torch.inference_mode)):
+                with mode():
+                    out += [llama(ids[:, :40], **using(cache)).logits[:, -1].clone()] if at == 0 else []
+                    steps = range(at or 40, at + 6 if at else 46)
+                    out += [llama(ids[:, i : i + 1], **using(cache)).logits[:, 0].clone() for i in steps]
+            said.append(torch.stack(out))
+            assert not graph or (cache.steps is not None and "replayed" in cache.steps.describe())
+    assert worst(*said) < 1e-4

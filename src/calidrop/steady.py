@@ -58,6 +58,7 @@ class Steady:
         self.beside: list[Tensor] = []
         self.told: list[Any] = []
         self.returned: list[str] = []
+        self.inference = False  # whether inference mode was on as memory was fixed
         self.wished: Callable[[], list[bool]] = list
         self.drop()
 
@@ -188,11 +189,16 @@ class Steady:
 
     def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        moved = any(layer.state.window.before is None for layer in self.layers) or not _same(
-            self.cache.beside, self.beside
+        moved = any(layer.state.window.before is None for layer in self.layers)
+        moved = (
+            moved or not _same(self.cache.beside, self.beside) or self.inference != torch.is_inference_mode_enabled()
         )
-        if moved or outline(given) != outline(self.inputs):
+        if moved or _kinds(given) != _kinds(self.inputs):
             self.release()
+            self.inference = torch.is_inference_mode_enabled()
+            if not self.inference:  # what was made under it nobody may write to
+                for layer in self.layers:
+                    swap(layer.state, lambda x: x.clone() if x.is_inference() else x)
             self.tries += 1
             self.beside = self.cache.beside
             self.inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
@@ -256,6 +262,11 @@ def _later(flags: Tensor | None) -> Callable[[], list[bool]]:
         return there.tolist()
 
     return values
+
+
+def _kinds(given: dict[str, Any]) -> dict[str, Any]:
+    """Inputs without their values. Where they lie does not matter: they are copied."""
+    return {n: (x.shape, x.dtype) if isinstance(x, Tensor) else x for n, x in given.items()}
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
