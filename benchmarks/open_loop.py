@@ -23,9 +23,10 @@ import calidrop
 from benchmarks.flat import held
 from calidrop import KVCache
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.methods import h2o, lazy_eviction, snapkv, streaming_llm, tova
 from calidrop.parts import Part
-from calidrop.plugin import PositionMask, using
+from calidrop.plugin import using
 from calidrop.recipe import Recipe, parse
 from calidrop.terminal import read_text
 

@@ -20,11 +20,11 @@ from calidrop import ops
 from calidrop.attention import Queries, logits, merge
 from calidrop.holding import places
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.methods import _predictor
 from calidrop.ops import cpu, gpu
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
-from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.store import Store

@@ -5,13 +5,13 @@ import torch
 
 from calidrop import ops
 from calidrop.attention import Queries, attend, merge
+from calidrop.masks import PositionMask
 from calidrop.methods._summary import Summary
 from calidrop.methods.calidrop import Answer, Calibrated
 from calidrop.observe import Observation
 from calidrop.offload import HostLog
 from calidrop.ops import cpu
 from calidrop.parallel import HeadGroup
-from calidrop.plugin import PositionMask
 from calidrop.tokens import Tokens
 from helpers import feed, layer_of, random_qkv
 

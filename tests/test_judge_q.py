@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import calidrop
 from calidrop.cli import app
+from calidrop.masks import PositionMask
 from calidrop.methods import judge_q
 from calidrop.methods._artefact import kind
 from calidrop.methods.judge_q import SoftTokens
-from calidrop.plugin import PositionMask, using
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.train._frozen import Frozen, distance
 from calidrop.train._prompts import chat, prompts, read_questions

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import calidrop
+from calidrop.masks import PositionMask
 from calidrop.methods import lazy_eviction
-from calidrop.plugin import PositionMask
 from calidrop.state import held_bytes
 from helpers import feed, layer_of, live, positions, random_qkv, run
 from tiny import batch, generate, tiny, worst

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
-from calidrop import KVCache, plugin
+from calidrop import KVCache, masks
 from calidrop.plugin import using
 from tiny import COMMON, batch, generate, tiny, worst
 
@@ -131,8 +131,8 @@ def test_biases_and_masks_per_head_are_refused_or_honoured(models):
 def test_an_additive_mask_is_read_once_per_forward_call(models, monkeypatch):
     ours, _ = models
     ids, mask, read = batch(1, 40, (0,))["input_ids"], causal(40, -1e9), []
-    shown = plugin._shown
-    monkeypatch.setattr(plugin, "_shown", lambda mask: read.append(mask) or shown(mask))
+    shown = masks._shown
+    monkeypatch.setattr(masks, "_shown", lambda mask: read.append(mask) or shown(mask))
     said(ours, ids, mask, KVCache(ours))
     assert len(read) == 1
     mask[..., 20:, 3:9] = -1e9  # in place
@@ -141,7 +141,7 @@ def test_an_additive_mask_is_read_once_per_forward_call(models, monkeypatch):
     assert worst(got, said(ours, ids, mask == 0, KVCache(ours))) < 1e-6
     read.clear()
     del mask
-    assert not plugin._read  # nothing of it stays
+    assert not masks._read  # nothing of it stays
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -199,8 +199,8 @@ def test_a_mask_that_is_written_into(models):
 @torch.no_grad()
 def test_masks_are_compared_once_per_step_and_only_with_pads(models, monkeypatch):
     ours, _ = models
-    compared, compare = [], plugin._compare
-    monkeypatch.setattr(plugin, "_compare", lambda *args: compared.append(args) or compare(*args))
+    compared, compare = [], masks._compare
+    monkeypatch.setattr(masks, "_compare", lambda *args: compared.append(args) or compare(*args))
     generate(ours, batch(2, 40, (0, 0)), KVCache(ours), new=8)
     assert not compared
     generate(ours, batch(2, 40, (0, 9)), KVCache(ours), new=8)

@@ -16,11 +16,12 @@ from calidrop import mla, ops
 from calidrop.attention import Queries, attend
 from calidrop.cache import layers_of
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.mla import LatentKV, Up, latent_modules
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
 from calidrop.planning import plan
-from calidrop.plugin import PositionMask, using
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.state import held_bytes
 from calidrop.support import HYBRIDS

@@ -5,8 +5,8 @@ import torch
 
 from calidrop import ops
 from calidrop.attention import Queries, attend
+from calidrop.masks import within
 from calidrop.ops import build, cpu
-from calidrop.plugin import within
 from calidrop.tokens import Tokens
 
 

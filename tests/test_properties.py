@@ -12,9 +12,9 @@ import torch
 
 from calidrop.attention import Queries, attend, merge
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
-from calidrop.plugin import PositionMask
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.state import held_bytes

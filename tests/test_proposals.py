@@ -11,7 +11,8 @@ import test_half
 from calidrop import ops
 from calidrop.attention import attend, merge
 from calidrop.layer import LayerKV
-from calidrop.plugin import using, within
+from calidrop.masks import within
+from calidrop.plugin import using
 from calidrop.state import Ragged, held_bytes, tensors
 from calidrop.store import Exact
 from calidrop.tokens import Tokens

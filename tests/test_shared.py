@@ -13,10 +13,11 @@ import seam
 from calidrop.attention import Queries, attend, merge
 from calidrop.cache import layers_of
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer
 from calidrop.planning import plan
-from calidrop.plugin import PositionMask, using
+from calidrop.plugin import using
 from calidrop.recipe import parse
 from calidrop.rope import Rope
 from calidrop.shared import SharedKV

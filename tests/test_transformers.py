@@ -11,8 +11,9 @@ import calidrop
 from calidrop import ops
 from calidrop.cache import layers_of
 from calidrop.layer import LayerKV
+from calidrop.masks import _sliding
 from calidrop.planning import plan
-from calidrop.plugin import _sliding, using
+from calidrop.plugin import using
 from calidrop.state import held_bytes
 from helpers import kernels, predictor
 from tiny import COMMON, FAMILIES, batch, generate, row, soft, tiny, worst

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from calidrop import KVCache
 from calidrop.layer import LayerKV
-from calidrop.plugin import Handle, PositionMask
+from calidrop.masks import PositionMask
+from calidrop.plugin import Handle
 
 
 class AbreastLayer(CacheLayerMixin):

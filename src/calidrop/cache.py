@@ -17,10 +17,11 @@ from transformers.cache_utils import Cache
 from calidrop import ops
 from calidrop.holding import Holding
 from calidrop.layer import LayerKV
+from calidrop.masks import ASSISTED, called_from
 from calidrop.mla import LatentKV, latent_modules, let_through
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Part, Plan
-from calidrop.plugin import ASSISTED, ATTENTION, called_from, compiling
+from calidrop.plugin import ATTENTION, compiling
 from calidrop.recipe import Recipe, parse
 from calidrop.shared import SharedKV
 from calidrop.soft import install

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calidrop import plugin
-from calidrop.plugin import PositionMask, within
+from calidrop.masks import PositionMask, within
 
 if TYPE_CHECKING:
     from calidrop.cache import KVCache

@@ -19,10 +19,11 @@ from transformers.cache_utils import CacheLayerMixin
 from calidrop import ops
 from calidrop.attention import Partial, Queries, with_sink
 from calidrop.holding import Holding
+from calidrop.masks import REAL, PositionMask, Told
 from calidrop.observe import Observation
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import REAL, Handle, PositionMask, Told, asked, at_column
+from calidrop.plugin import Handle, asked, at_column
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from calidrop import ops
 from calidrop.attention import Partial, Queries, merge, with_sink
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.ops.piece import Piece
 from calidrop.parts import Plan
-from calidrop.plugin import Handle, PositionMask, compiling
+from calidrop.plugin import Handle, compiling
 from calidrop.tokens import Tokens
 
 NEEDED = ("expand_kv", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

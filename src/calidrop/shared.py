@@ -11,8 +11,8 @@ from torch import Tensor
 from calidrop import ops
 from calidrop.attention import Queries, with_sink
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.parts import Plan
-from calidrop.plugin import PositionMask
 
 
 class SharedKV(LayerKV):

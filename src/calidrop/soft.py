@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calidrop.layer import LayerKV
-from calidrop.plugin import ASSISTED, CACHE, called_from, prefill
+from calidrop.masks import ASSISTED, called_from, prefill
+from calidrop.plugin import CACHE
 
 
 def install(model: Any, soft: Tensor) -> None:

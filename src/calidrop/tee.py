@@ -21,7 +21,8 @@ from calidrop.attention import with_sink
 from calidrop.cache import KVCache
 from calidrop.compare import now
 from calidrop.layer import LayerKV
-from calidrop.plugin import REAL, Handle, PositionMask, asked, using
+from calidrop.masks import REAL, PositionMask
+from calidrop.plugin import Handle, asked, using
 from calidrop.support import check_plain
 
 

@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from calidrop import attention as oracle
 from calidrop.cache import KVCache, layers_of
 from calidrop.layer import LayerKV
+from calidrop.masks import PositionMask
 from calidrop.parts import Evictor, Layer, Plan
-from calidrop.plugin import ATTENTION, Handle, PositionMask, using
+from calidrop.plugin import ATTENTION, Handle, using
 from calidrop.recipe import Recipe, parse
 from calidrop.support import check_model, check_plain
 
