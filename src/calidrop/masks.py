@@ -87,6 +87,10 @@ class PositionMask:
         moved.pads = pads
         return moved
 
+    def contiguous(self) -> PositionMask:
+        """`generate` of some versions asks this of masks beside a static cache."""
+        return self
+
     def __getitem__(self, index: tuple[slice, ...]) -> PositionMask:
         """Models may go on with the last queries alone, and cut their mask [B,heads,T,columns] to these: here queries
         are told apart by where they stand."""

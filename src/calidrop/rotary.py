@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -63,7 +64,11 @@ def _same(apply: Callable[..., Any], rotary: Any, name: str) -> bool:
     positions = torch.tensor([[0, 1, 5, 11]], device="cpu")
     kind = {"layer_type": name.removesuffix("_inv_freq")} if name != "inv_freq" else {}
     # of the class: an instance may have one that moves data between devices (accelerate)
-    cos, sin = type(own).forward(own, torch.zeros(1, device="cpu"), positions, **kind)
+    turn = functools.partial(type(own).forward, own, torch.zeros(1, device="cpu"), **kind)
+    try:
+        cos, sin = turn(position_ids=positions)
+    except IndexError:  # some want those of text, height and width (Qwen-VL before transformers 5.24)
+        cos, sin = turn(position_ids=positions.expand(3, -1, -1))
     freq = getattr(own, name).float()
     draw = torch.Generator("cpu").manual_seed(0)
     k = torch.randn(1, 2, 4, 2 * len(freq), generator=draw, device="cpu", dtype=torch.float32)
