@@ -374,3 +374,14 @@ def test_a_plan_and_an_evaluation(model):
     assert advice.full_bytes == calidrop.planning._full(layers_of(model), 512, 1, torch.float32) == 3 * 512 * 32 * 4
     assert {o.recipe for o in plan(model.config, context=4096, memory="1GiB").options} > {"full", "int4"}
     seam.an_evaluation_goes_back(model, "snapkv(budget=24, recent=8)+calidrop")
+
+
+def test_gradients_of_a_first_prompt_are_those_without_a_cache():
+    model, inputs, grads = made("deepseek_v3"), batch(pads=(0, 0)), []
+    for given in ({"use_cache": False}, using(calidrop.KVCache(model))):
+        model.zero_grad()
+        model(**inputs, **given).logits.square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for n, want in grads[0].items():
+        torch.testing.assert_close(grads[1][n], want, rtol=1e-3, atol=1e-4)

@@ -341,3 +341,10 @@ def test_a_plan_and_an_evaluation(model):
     seam.plans_are_what_is_held(model, advice)
     for name in ("snapkv(budget=24, recent=8)+calidrop", "full"):
         seam.an_evaluation_goes_back(model, name)
+
+
+def test_gradients_are_refused(model):
+    """Also those of a first prompt: layers that share ask what another has stored."""
+    out = model(**batch(pads=(0, 0)), **using(calidrop.KVCache(model))).logits
+    with pytest.raises(RuntimeError, match="no gradients go through"):
+        out.sum().backward()

@@ -57,10 +57,6 @@ class AbreastLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return self.layers[0].get_seq_length()
 
-    @property
-    def old(self) -> bool:
-        return self.layers[0].old
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.layers[0].get_mask_sizes(query_length)
 

@@ -109,10 +109,6 @@ class LayerKV(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return self.state.seen
 
-    @property
-    def old(self) -> bool:
-        return self.state.seen > 0
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.seen + int(query_length), 0
 

@@ -27,11 +27,6 @@ class Attending(Protocol):
     config: weakref.ref | None
     pending: tuple[Tensor, Tensor] | None
 
-    @property
-    def old(self) -> bool:
-        """Whether it holds tokens of earlier passes."""
-        ...
-
     def get_seq_length(self) -> int: ...
 
     def attend(
@@ -121,7 +116,8 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
         layer.pending = layer.pending and (layer.pending[0].to(dtype), layer.pending[1].to(dtype))
-    if torch.is_grad_enabled() and layer.old:
+    # what a layer asks that is not the first prompt, or is another layer's
+    if torch.is_grad_enabled() and (layer.pending is None or layer.get_seq_length()):
         learns = [x for x in (query, *(layer.pending or ())) if x.requires_grad]
         with torch.no_grad():
             o = layer.attend(query, attention_mask, scale, softcap, s_aux)

@@ -39,11 +39,6 @@ class SharedKV(LayerKV):
         self._over()
         return super().update(key_states, value_states, *args, **kwargs)
 
-    @property
-    def old(self) -> bool:
-        came = len(self.own) if self.pending is None and self.own is not None else 0
-        return self.state.seen > came
-
     def activate_past_recording(self, prompt_end: int | None = None) -> None:
         raise ValueError("layers that share keys and values cannot go back: no assisted decoding with this model")
 

@@ -47,11 +47,25 @@ def cuda_graph(fn: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
 RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 
 
-class Steady:
+class OfCache:
+    """What a cache has, and what asks it: weakly, as neither may keep the other's memory."""
+
+    def __init__(self, cache: KVCache):
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+
+class Steady(OfCache):
     """The steps of one cache. why: what stood in the way of recording last. recorded: how often steps were."""
 
     def __init__(self, cache: KVCache, device: torch.device):
-        self._cache, self.device = weakref.ref(cache), device
+        super().__init__(cache)
+        self.device = device
         self.why, self.recorded, self.tries = "", 0, 0
         self.inputs: dict[str, Any] = {}
         self.held: list[list[Tensor]] = []
@@ -67,12 +81,6 @@ class Steady:
         self.wishes: Tensor | None = None
         self.out: Any = None
         self.again: Callable[[], None] | None = None
-
-    @property
-    def cache(self) -> KVCache:
-        cache = self._cache()
-        assert cache is not None
-        return cache
 
     @property
     def layers(self) -> list[LayerKV]:
@@ -189,14 +197,12 @@ class Steady:
 
     def _fix(self, given: dict[str, Any]) -> None:
         """Everything where the step expects it: the windows, the inputs."""
-        moved = any(layer.state.window.before is None for layer in self.layers)
-        moved = (
-            moved or not _same(self.cache.beside, self.beside) or self.inference != torch.is_inference_mode_enabled()
-        )
-        if moved or _kinds(given) != _kinds(self.inputs):
+        inference = torch.is_inference_mode_enabled()
+        moved = any(layer.state.window.before is None for layer in self.layers) or inference != self.inference
+        if moved or not _same(self.cache.beside, self.beside) or _kinds(given) != _kinds(self.inputs):
             self.release()
-            self.inference = torch.is_inference_mode_enabled()
-            if not self.inference:  # what was made under it nobody may write to
+            self.inference = inference
+            if not inference:  # what was made under it nobody may write to
                 for layer in self.layers:
                     swap(layer.state, lambda x: x.clone() if x.is_inference() else x)
             self.tries += 1

@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import types
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from calidrop.compiled import CompilerError, run_compiled
 from calidrop.plugin import CACHE, using
-from calidrop.steady import RECORDERS, Steady
+from calidrop.steady import RECORDERS, OfCache, Steady
 from calidrop.support import check_model, in_chunks
 
 if TYPE_CHECKING:
@@ -30,11 +29,11 @@ TAKEN = PLACES | {CACHE, "past_key_values", "input_ids", "use_cache"}
 SAME = {"logits_to_keep": (0, 1), "return_dict": (True,)}  # values that change nothing
 
 
-class Steps:
+class Steps(OfCache):
     """The steps of one cache. Raises ValueError where the model can never have such."""
 
     def __init__(self, cache: KVCache, model: nn.Module, graph: bool, compile: bool):
-        self._cache = weakref.ref(cache)  # it has this: neither may keep the other's memory
+        super().__init__(cache)
         self.compile, self.why = compile, ""
         asked = " and ".join(n for n, x in (("graph=True", graph), ("compile=True", compile)) if x)
         devices = sorted({str(x.device) for x in model.parameters()})
@@ -52,16 +51,10 @@ class Steps:
         self.steady = Steady(cache, device) if graph else None
         self._install(model, asked)
 
-    @property
-    def cache(self) -> KVCache:
-        cache = self._cache()
-        assert cache is not None
-        return cache
-
     def __deepcopy__(self, memo: dict) -> Steps:
         """Those of a copy of the cache, for whose memory nothing is recorded yet."""
         new = copy.copy(self)
-        new._cache = weakref.ref(memo[id(self.cache)])
+        OfCache.__init__(new, memo[id(self.cache)])
         new.steady = self.steady and Steady(new.cache, self.steady.device)
         return new
 

@@ -91,8 +91,6 @@ class _TeeLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return 0
 
-    old = False
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return int(query_length), 0
 
