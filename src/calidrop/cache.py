@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from calidrop import ops
+from calidrop import ops, saved
 from calidrop.holding import Holding
 from calidrop.layer import LayerKV
 from calidrop.masks import ASSISTED, called_from
@@ -90,6 +92,7 @@ class KVCache(Cache):
         super().__init__(layers=[every[i] for i in sorted(every)])
         self.layers_here: list[LayerKV] = [layer for layer in self.layers if isinstance(layer, LayerKV)]
         self.config = weakref.ref(config)
+        self.of, self.dtype = [layer for layer, _ in layers], getattr(model, "dtype", None)
         self.shape = (layers[0][0].kv_heads // layers[0][0].heads.size, layers[0][0].head_dim)
         for layer in self.layers_here:
             layer.config = self.config
@@ -100,6 +103,34 @@ class KVCache(Cache):
         if getattr(model.config, "_attn_implementation", None) != ATTENTION:
             model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.steps = Steps(self, model, graph, compile) if graph or compile else None
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write all it holds to a file (safetensors) of as many bytes, evicted tokens on the host included, for `load`.
+        Compresses a waiting prompt first."""
+        saved.save(self, file)
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        file: str | os.PathLike,
+        *,
+        eager: bool = False,
+        graph: bool = False,
+        compile: bool = False,
+    ) -> KVCache:
+        """The cache that `save` wrote, of the same recipe, on the model's device. The other arguments are as above.
+        Raises ValueError for a file that is none and for another model."""
+        return saved.load(cls, model, file, eager=eager, graph=graph, compile=compile)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        new = memo[id(self)] = object.__new__(type(self))
+        vars(new).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return new
+
+    def __reduce__(self) -> Any:
+        instead = "cache.save(file) and KVCache.load(model, file) write and read it, copy.deepcopy(cache) copies it"
+        raise TypeError(f"a KVCache belongs to its model and cannot be pickled: {instead}")
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if compiling():

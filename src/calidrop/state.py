@@ -26,9 +26,11 @@ from calidrop import huge
 class State:
     """Base of everything a cache is made of.
 
-    counts: names of attributes that say how often something happened and that no step depends on."""
+    counts: names of attributes that say how often something happened and that no step depends on.
+    anew: names of those that are found again where they are None, so that no file need have them."""
 
     counts: ClassVar[frozenset[str]] = frozenset()
+    anew: ClassVar[frozenset[str]] = frozenset()
 
     def fork(self) -> State:
         """A snapshot that shares tensors with this object; later changes to either are not seen by the other."""

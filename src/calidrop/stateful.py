@@ -12,7 +12,7 @@ from calidrop.layer import LayerKV
 from calidrop.parts import Plan
 
 PARTS = ("conv_states", "recurrent_states", "has_previous_state")
-PARTS += ("is_conv_states_initialized", "is_recurrent_states_initialized")
+PARTS += ("is_conv_states_initialized", "is_recurrent_states_initialized", "conv_kernel_size")
 
 
 State = dict[str, dict[int, Any]]

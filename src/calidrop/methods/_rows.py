@@ -23,9 +23,11 @@ class Rows(State):
     the query heads of a kv head. Blocks are those on the host, in order; zero where a batch row has fewer: there, bool
     [B,blocks], has those it has (None: all rows have all). expected: the next row, where the last step found it."""
 
+    anew = frozenset({"_net"})
+
     def __init__(self, size: int, block: int, network: Callable[[torch.device], Expectation]):
         self.size, self.block, self.network = size, block, network
-        self.net: Expectation | None = None
+        self._net: Expectation | None = None
         self.history: Tensor | None = None
         self.peaks: Tensor | None = None  # [B,H,G,W,blocks+1]: largest logits, until their lse is known; one for none
         self.there: Tensor | None = None
@@ -35,7 +37,14 @@ class Rows(State):
     def begin(self, t: Tokens) -> None:
         if self.history is None:
             self.history = t.k.new_zeros(*t.k.shape[:2], self.size, 0, dtype=torch.float32)
-            self.net = self.network(t.k.device)
+            self._net = self.network(t.k.device)
+
+    @property
+    def net(self) -> Expectation:
+        if self._net is None:
+            assert self.history is not None
+            self._net = self.network(self.history.device)
+        return self._net
 
     def join(self, t: Tokens, full: Tensor, before: Tensor, obs: Observation) -> None:
         """Columns of new blocks: the spans marked in `full` (bool [B,H,spans]), behind the `before` [B] that are there.
@@ -112,7 +121,7 @@ class Rows(State):
     def _follow(self, last: Observation, weights: Tensor, ids: Tensor | None) -> bool:
         """A row of one query, and what is expected behind it, where one call says both. -> whether it did.
         weights: [B,H,n]"""
-        assert self.history is not None and self.net is not None
+        assert self.history is not None
         known = self.net.follows(self.history) and not self.moving.lacks(self.net, self.history)
         if not known or len(last.queries) > 1 or not bool((last.queries.pos >= 0).all()):
             return False
@@ -134,7 +143,7 @@ class Rows(State):
 
     def next_row(self) -> Tensor:
         """[B,H,blocks], the expected next row, once for every row that came."""
-        assert self.history is not None and self.net is not None
+        assert self.history is not None
         if self.expected is not None:
             row, self.expected = self.expected, None
             return row
