@@ -56,7 +56,7 @@ def held(model, recipe: str, context: int, batch: int) -> KVCache:
 def test_prediction_is_what_a_prefill_leaves(family, recipe):
     """To the byte where no format's size depends on the values of keys."""
     model = tiny(family, max_position_embeddings=1024)
-    layers, recipe = layers_of(model), recipe.replace("SOFT", repr(soft(model)))
+    layers, recipe = layers_of(model, rotations=True), recipe.replace("SOFT", repr(soft(model)))
     size = footprint(parse(recipe), layers, Prompt(layers[0][0], 500, model.dtype), 500, 2)
     cache = held(model, recipe, 500, 2)
     exact = not recipe.startswith("ott")

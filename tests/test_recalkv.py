@@ -344,11 +344,17 @@ def test_models_that_cannot_be_trained(family, changes, why, tmp_path):
 
 def test_keys_that_are_not_the_projection(tmp_path):
     model = tiny()
-    model.model.rotary_emb.forward = lambda x, position_ids: (
-        torch.ones(1, position_ids.shape[-1], 16),
-        torch.zeros(1, position_ids.shape[-1], 16),
-    )
+    turn = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: tuple(2 * y for y in turn(x, position_ids))
     with pytest.raises(ValueError, match="not its rotated k_proj"):
+        made(model, tmp_path / "x.safetensors", 0.5)
+
+
+def test_keys_that_are_not_rotated(tmp_path):
+    model = tiny()
+    turn = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: turn(x, 0 * position_ids)
+    with pytest.raises(ValueError, match="does not rotate all keys alike"):
         made(model, tmp_path / "x.safetensors", 0.5)
 
 

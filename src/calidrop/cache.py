@@ -39,7 +39,7 @@ from calidrop.support import (
     key_sample,
     layer_kinds,
     others,
-    rope_of,
+    ropes_of,
     sharers,
     sharing,
     states,
@@ -72,7 +72,7 @@ class KVCache(Cache):
         compile: bool = False,
     ):
         self.recipe = parse(recipe)
-        config, layers = check_model(model), layers_of(model)
+        config, layers = check_model(model), layers_of(model, self.recipe.rotations)
         self.others, self.asks = others(config), sharers(config)
 
         both, every = states(config), dict(self.others)
@@ -267,11 +267,12 @@ class KVCache(Cache):
         return "\n".join(lines)
 
 
-def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
+def layers_of(model: nn.Module, rotations: bool = False) -> list[tuple[Layer, int | None]]:
     """Per layer of the model with keys and values: what a method is told about it, and how far back it sees where that
-    is bounded. Bounded layers are not compressed; their index is -1. Raises ValueError for a model that cannot work."""
+    is bounded. Bounded layers are not compressed; their index is -1. rotations: find out how keys are rotated, for
+    which the model is run once. Raises ValueError for a model that cannot work."""
     config = check_model(model)
-    kinds, heads, rope = layer_kinds(config), HeadGroup.of(model), rope_of(model)
+    kinds, heads, ropes = layer_kinds(config), HeadGroup.of(model), ropes_of(model) if rotations else {}
     whole = [i for i, reach in kinds.items() if reach is None]
     shapes, asked, own_values = heads_of(config), sharing(config), 0 if caches_latents(config) else -1
     for _, kv_heads, _ in (shapes[i] for i in kinds):
@@ -284,7 +285,7 @@ def layers_of(model: nn.Module) -> list[tuple[Layer, int | None]]:
     modules = attention_modules(model) if heads.size == 1 else {}
     return [
         (
-            Layer(index.get(i, -1), len(whole), *shapes[i], rope, heads, own_values, config.model_type,
+            Layer(index.get(i, -1), len(whole), *shapes[i], ropes.get(i), heads, own_values, config.model_type,
                   sample=key_sample(modules.get(i)), asking=asked.get(i, 1)),
             reach,
         )

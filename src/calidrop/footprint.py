@@ -139,15 +139,19 @@ def footprint(recipe: Recipe, layers: Layers, prompt: Prompt, context: int, batc
 
 def _alone(layers: Layers, joint: bool) -> Layers:
     """What a method is told where one kv head is run by itself, on the CPU. joint: all heads are run."""
-    heads, freq = HeadGroup(), None if layers[0][0].rope is None else layers[0][0].rope.inv_freq
-    if joint and freq is not None and freq.is_meta:
-        raise ValueError("a recipe that was trained for a model can be planned for that model only, not for a config")
-    if freq is not None:  # without weights frequencies have no values; any will do
-        freq = 0.1 ** torch.arange(len(freq)) if freq.is_meta else freq.cpu()
-    changes: dict[str, Any] = {"heads": heads, "rope": None if freq is None else Rope(freq)}
+    changes: dict[str, Any] = {"heads": HeadGroup()}
     if not joint:
         changes |= {"query_heads": layers[0][0].query_heads // layers[0][0].kv_heads, "kv_heads": 1}
-    return [(dataclasses.replace(layer, **changes), reach) for layer, reach in layers]
+    ropes: dict[Rope | None, Rope | None] = {None: None}
+    for rope in {layer.rope for layer, _ in layers if layer.rope is not None}:
+        freq = rope.inv_freq
+        if joint and freq.is_meta:
+            raise ValueError(
+                "a recipe that was trained for a model can be planned for that model only, not for a config"
+            )
+        # without weights frequencies have no values; any will do
+        ropes[rope] = Rope(0.1 ** torch.arange(len(freq)) if freq.is_meta else freq.cpu(), rope.interleaved)
+    return [(dataclasses.replace(layer, rope=ropes[layer.rope], **changes), reach) for layer, reach in layers]
 
 
 def _layer(prompt: Prompt, kind: _Kind, context: int, heads: int, joint: bool) -> _Run:

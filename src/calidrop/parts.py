@@ -34,6 +34,7 @@ class Layer:
     those of all processes. head_dim is that of keys; value_dim is the same unless given, and 0 where values are the
     keys themselves (`Tokens`). model_type and sample, a few of the layer's key weights if it has any to itself, tell
     models apart: what was trained on one fits no other.
+    rope: how it rotates keys; None where nobody asked, or it does so as `Rope` cannot.
     asking: how many layers of the model ask this one's tokens, itself included; query_heads are those of one."""
 
     index: int
@@ -56,13 +57,14 @@ class Layer:
 @dataclass(frozen=True)
 class Part:
     """One method with its arguments. `text` is its canonical recipe string. latents: whether it takes tokens whose
-    values are the keys themselves (`Tokens`)."""
+    values are the keys themselves (`Tokens`). rotations: whether it has to know how layers rotate keys."""
 
     name: str = dataclasses.field(default="", init=False)
     text: str = dataclasses.field(default="", init=False)
 
     role = "nothing"
     latents = True
+    rotations = False
 
     def __add__(self, other: Part | Recipe | str) -> Recipe:
         from calidrop.recipe import Recipe
@@ -94,6 +96,7 @@ class Selector(Part, ABC):
     per_head: bool = True
     prompts: bool = True
     soft: Tensor | None = None
+    rotations: bool = False
 
     role = "which tokens stay"
 
@@ -153,6 +156,7 @@ class Shrink(Part):
     observe: int = 1
     joint: bool = False
     latents: bool = False
+    rotations: bool = False
 
     role = "which channels of kept tokens stay"
 

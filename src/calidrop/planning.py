@@ -120,7 +120,7 @@ def plan(
     check_int("context", context, 1)
     check_int("batch", batch, 1)
     model: Any = model_or_config if isinstance(model_or_config, nn.Module) else skeleton(model_or_config)
-    layers, config = layers_of(model), model.config.get_text_config(decoder=True)
+    layers, config = layers_of(model, rotations=True), model.config.get_text_config(decoder=True)
     check_alike(config, "a plan")
     dtype = dtype or _dtype(model_or_config)
     space = room(getattr(model, "device", None), memory, host_memory)

@@ -58,6 +58,11 @@ class Recipe:
         select = self.part(Selector)
         return select is not None and select.soft is not None
 
+    @property
+    def rotations(self) -> bool:
+        """Whether a part has to know how layers rotate keys."""
+        return any(part.rotations for part in self.parts)
+
     def __add__(self, other: Part | Recipe | str) -> Recipe:
         return Recipe((*self.parts, *_read(other).parts))
 

@@ -1,4 +1,4 @@
-"""Rotary positions: taking them off, putting them on, averaging over them. Half-split convention only."""
+"""Rotary positions: taking them off, putting them on, averaging over them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 class Rope:
-    """inv_freq: [rotated dims / 2]. Dims behind the rotated ones pass through (partial rotary)."""
+    """inv_freq: [rotated dims / 2]; below 0 where a model turns the other way. Dims behind the rotated ones pass
+    through (partial rotary). interleaved: the two dims of a pair lie side by side; else half of the rotated dims
+    apart."""
 
-    def __init__(self, inv_freq: Tensor):
-        self.inv_freq = inv_freq
+    def __init__(self, inv_freq: Tensor, interleaved: bool = False):
+        self.inv_freq, self.interleaved = inv_freq, interleaved
 
     def __deepcopy__(self, memo: dict) -> Rope:
         return self  # a constant of the model
@@ -24,8 +26,15 @@ class Rope:
         """Apply the block rotation with the given cos and sin [..., rotated dims / 2] (which may be averages)."""
         half = self.inv_freq.shape[0]
         x = x.float()
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], -1)
+        rest = x[..., 2 * half :]
+        if self.interleaved:
+            a, b = x[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
+        else:
+            a, b = x[..., :half], x[..., half : 2 * half]
+        pairs = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+        if self.interleaved:
+            return torch.cat([torch.stack(pairs, -1).flatten(-2), rest], -1)
+        return torch.cat([*pairs, rest], -1)
 
     def mean_turn(self, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin averaged over positions start .. start+count-1. start: [B] -> [B, rotated dims / 2] each."""

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from calidrop.mla import latent_modules, refusal
 from calidrop.rope import Rope
-from calidrop.rotary import half_split, rotary_of
+from calidrop.rotary import rotations
 
 # Models whose attention does not hand keys and values to the attention interface untouched.
 REFUSED = {
@@ -28,11 +28,6 @@ REFUSED = {
     "mllama_text_model": "its layers with cross-attention look into the cache for the keys of images",
     "minimax": "its linear layers need a cache of a class of their own",
 }
-# Models of which some layers do not rotate keys; what the others do says nothing of those.
-PARTLY = (
-    *("smollm3", "exaone4", "exaone4_5", "exaone4_5_text", "exaone_moe", "kolibri1", "afmoe", "flint"),
-    *("granite_swa", "granitemoe_swa", "lara_mini", "muse_spark_text", "muse_glimmer_text"),
-)
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
 HYBRIDS = 5, 17  # the first version of transformers with which the others of these are tested
 BOTH = ("hybrid", "hybrid_sliding")  # which have keys and values, and a state of constant size
@@ -199,19 +194,15 @@ def _kinds(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
 
 
-def rope_of(model: Any) -> Rope | None:
-    """The rotary frequencies of the decoder's full-attention layers; None if there are none, or keys are rotated in
-    another way than `Rope` does it, or not in every layer."""
+def ropes_of(model: Any) -> dict[int, Rope]:
+    """How the layers that see all rotate their keys: those that do so as `Rope` does, which may be not at all."""
     text = check_model(model)
     decoder = model.get_decoder()  # not all of the model: vision towers have frequencies of their own
-    found = rotary_of(decoder)
-    if found is None or caches_latents(text) or text.model_type in PARTLY:
-        return None
-    freq, heads = getattr(*found).detach().float(), heads_of(text)
-    narrowest = min((heads[i][2] for i, reach in layer_kinds(text).items() if reach is None), default=0)
-    if 2 * len(freq) > narrowest or not half_split(decoder, *found):
-        return None
-    return Rope(freq)
+    if caches_latents(text):
+        return {}
+    heads, whole = heads_of(text), [i for i, reach in layer_kinds(text).items() if reach is None]
+    ropes = rotations(decoder, text, whole)
+    return {i: rope for i, rope in ropes.items() if 2 * len(rope.inv_freq) <= heads[i][2]}
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:

@@ -116,7 +116,7 @@ class Artefact:
         made = _artefact.made_for(self.meta)
         more = ("kv heads", "kv_heads", layer.kv_heads), ("value dims per head", "head_dim", layer.value_dim)
         _artefact.check_shape("recalkv", self.meta, layer, *more)
-        if layer.rope is None:
+        if layer.rope is None or layer.rope.interleaved:
             raise ValueError("recalkv: needs rotary positions in the half-split layout")
         if layer.heads.size > 1:
             raise ValueError(f"recalkv: needs all kv heads in one process, got {layer.heads.size} (tensor parallel)")

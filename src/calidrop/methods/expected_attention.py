@@ -72,9 +72,8 @@ def expected_attention(
     def score(layer: Layer) -> Score:
         if layer.rope is None:
             model = layer.model_type or "this model"
-            raise ValueError(
-                f"expected_attention needs half-split rotary positions, which {model} does not have in every layer"
-            )
+            raise ValueError(f"expected_attention does not know how {model} rotates keys in layer {layer.index}")
         return ExpectedAttention(layer.rope, future, sinks, every is not None)
 
-    return Evictor(score=score, amount=budgets.amount(budget, recent), recent=recent, every=every)
+    amount = budgets.amount(budget, recent)
+    return Evictor(score=score, amount=amount, recent=recent, every=every, rotations=True)

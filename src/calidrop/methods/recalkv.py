@@ -128,4 +128,4 @@ def recalkv(file: str, recent: int = 32) -> Shrink:
         narrow = replace(narrow, head_dim=basis.key_rank, value_dim=basis.value_rank)
         return Latents(inner(narrow), basis, layer.rope, artefact.meta["scaling"])
 
-    return Shrink(make, recent, 16, joint=True)
+    return Shrink(make, recent, 16, joint=True, rotations=True)

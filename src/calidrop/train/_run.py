@@ -35,7 +35,7 @@ class Run:
     def __init__(self, model: Any, ids: Tensor):
         self.model, self.ids, self.config = model, ids, check_model(model)
         check_plain(model, "recalkv")
-        name, described = type(model).__name__, layers_of(model)
+        name, described = type(model).__name__, layers_of(model, rotations=True)
         self.whole = [i for i, (_, reach) in enumerate(described) if reach is None]
         if not self.whole:
             raise ValueError(f"recalkv: {name} has only layers that see a bounded window, which are not compressed")
@@ -43,8 +43,9 @@ class Run:
         layer = self.layers[0]
         if layer.heads.size > 1:
             raise ValueError(f"recalkv: {name} is spread over {layer.heads.size} processes; train on one")
-        if layer.rope is None:
-            raise ValueError(f"recalkv: {name} has no rotary positions in the half-split layout")
+        alike = all(x.rope is layer.rope for x in self.layers)
+        if layer.rope is None or not alike or layer.rope.interleaved or not len(layer.rope.inv_freq):
+            raise ValueError(f"recalkv: {name} does not rotate all keys alike, in the half-split layout")
         self.heads, self.dim, self.rope = layer.kv_heads, layer.head_dim, layer.rope.inv_freq.cpu()
         rotary = rotary_of(model.get_decoder())
         assert rotary is not None
