@@ -407,6 +407,10 @@ def test_command(folder, tmp_path):
     assert len(read(out / "rows.jsonl")) == 8
 
 
+def test_a_command_without_anything():
+    assert "nothing to measure" in call(code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -1,5 +1,7 @@
 """Masks that others make: an outer model, another cache, the user."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -205,3 +207,27 @@ def test_masks_are_compared_once_per_step_and_only_with_pads(models, monkeypatch
     assert not compared
     generate(ours, batch(2, 40, (0, 9)), KVCache(ours), new=8)
     assert len(compared) == 7
+
+
+@torch.no_grad()
+def test_models_without_a_cache_can_be_traced_and_exported(models):
+    """What holds for the pads of the example is no fact."""
+    ours, theirs = models
+    plain, padded = batch(pads=(0, 0)), batch(pads=(0, 13))
+    real = padded["attention_mask"].bool()
+    want = theirs(**padded, use_cache=False).logits[real]
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = ours
+
+        def forward(self, ids, mask):
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' code
+        traced = torch.jit.trace(Logits(), tuple(plain.values()), check_trace=False)
+        exported = torch.export.export(ours, (), {**plain, "use_cache": False}, strict=False).module()
+    assert worst(traced(*padded.values())[real], want) < 1e-4
+    assert worst(exported(**padded, use_cache=False).logits[real], want) < 1e-4

@@ -264,3 +264,8 @@ def test_measured_on_the_real_model(tmp_path):
         assert o["device_bytes"] <= o["row"]["device_bytes"] <= o["device_bytes"] * 1.25
     assert png.read_bytes().startswith(b"\x89PNG")
     assert len(png.read_bytes()) > 10_000
+
+
+def test_contexts_that_no_run_can_hold_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"for 2,000,000,000 tokens takes about .* MB of host memory, got"):
+        calidrop.plan(tiny(), context=2 * 10**9, recipes=["full"])

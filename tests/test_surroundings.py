@@ -206,3 +206,93 @@ def test_recorded_steps_go_on_after_inference_mode(llama, recipe, monkeypatch):
             said.append(torch.stack(out))
             assert not graph or (cache.steps is not None and "replayed" in cache.steps.describe())
     assert worst(*said) < 1e-4
+
+
+class Interrupted(Exception):
+    pass
+
+
+def raises(*args, **kwargs):
+    raise Interrupted
+
+
+CUT = ["full", "snapkv(budget=24, recent=8)+calidrop", "h2o(budget=20)+int4", "lazy_eviction(budget=24, window=8)"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("recipe", CUT)
+@torch.no_grad()
+def test_a_pass_that_was_interrupted_cannot_be_repeated(llama, recipe, at):
+    """By Ctrl-C, or a hook: layers below `at` have its tokens. Before the first, nothing happened."""
+    inputs, token = batch(), torch.full((2, 1), 7)
+    for prompt in (True, False):
+        cache = calidrop.KVCache(llama, recipe)
+        if not prompt:
+            llama(**inputs, **using(cache))
+        given = inputs if prompt else {"input_ids": token}
+        hook = llama.model.layers[at].self_attn.register_forward_pre_hook(raises)
+        with pytest.raises(Interrupted):
+            llama(**given, **using(cache))
+        hook.remove()
+        if at:
+            with pytest.raises(ValueError, match=r"a forward pass was interrupted .* reset\(\) it or use a new one"):
+                llama(**given, **using(cache))
+            cache.reset()
+            given = inputs
+        again = llama(**given, **using(cache)).logits
+        fresh = calidrop.KVCache(llama, recipe)
+        if not at and not prompt:
+            llama(**inputs, **using(fresh))
+        assert worst(again, llama(**given, **using(fresh)).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_layer_that_was_interrupted_says_so(llama, monkeypatch):
+    """Its window may have the token by then, which it would have twice."""
+    cache = calidrop.KVCache(llama, "h2o(budget=20)")
+    llama(**batch(), **using(cache))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(cache.layers_here[0]), "_stepped", raises)
+        with pytest.raises(Interrupted):
+            llama(torch.full((2, 1), 7), **using(cache))
+    with pytest.raises(ValueError, match="a forward pass was interrupted"):
+        llama(torch.full((2, 1), 7), **using(cache))
+
+
+@pytest.mark.parametrize("recipe", [*DEFAULTS, "lazy_eviction(budget=24, window=8)"])
+@torch.no_grad()
+def test_a_model_may_change_its_dtype_under_a_cache(recipe):
+    """What comes is taken as what came; the answers are the model's."""
+    model, inputs = tiny(), batch()
+    if "judge_q" in recipe:
+        recipe = f"judge_q(budget=20, file={soft(model)!r})"
+    cache = calidrop.KVCache(model, recipe)
+    generate(model, inputs, cache, new=2)
+    want = [model(torch.full((2, 1), 7), **using(copy.deepcopy(cache))).logits]
+    for dtype, limit in ((torch.float64, 1e-4), (torch.float16, 0.1), (torch.bfloat16, 0.5)):
+        for _ in range(2):
+            own = copy.deepcopy(cache)
+            got = model.to(dtype)(torch.full((2, 1), 7), **using(own)).logits
+            assert got.dtype == dtype and worst(got.float(), want[0]) < limit
+            held = {x.dtype for layer in own.layers_here for x in tensors(layer.state) if x.dtype.is_floating_point}
+            assert dtype not in held - {torch.float16}  # scales are in fp16
+            for token in (8, 9, 10):
+                assert model(torch.full((2, 1), token), **using(own)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=24, recent=8)+calidrop", "adakv(budget=24, recent=8)+int4"])
+@torch.no_grad()
+def test_rows_are_chosen_by_whatever_chooses_rows(llama, recipe):
+    inputs, token = batch(3, pads=(0, 13, 5)), torch.full((1, 1), 7)
+    first = calidrop.KVCache(llama, recipe)
+    generate(llama, inputs, first, new=4)
+    for rows in ([2], -1, slice(2, 3), torch.tensor([-1]), torch.tensor([False, False, True]), [False, False, True]):
+        cache, want = copy.deepcopy(first), copy.deepcopy(first)
+        cache.batch_select_indices(rows)
+        want.batch_select_indices(torch.tensor([2]))
+        assert worst(llama(token, **using(cache)).logits, llama(token, **using(want)).logits) == 0
+    held = first.nbytes
+    for rows in ([3], torch.tensor([0, -4])):
+        with pytest.raises(IndexError):
+            first.batch_select_indices(rows)
+    assert first.nbytes == held and llama(token.expand(3, 1), **using(first)).logits.isfinite().all()

@@ -168,10 +168,15 @@ class KVCache(Cache):
             layer.batch_repeat_interleave(repeats)
         self._rows(lambda x: x.repeat_interleave(repeats, 0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
+        """indices: whatever picks rows of a tensor. Raises IndexError for rows that are not there, and keeps all."""
+        have = next((layer.state.context for layer in self.layers_here if layer.state.context is not None), None)
+        if have is None:
+            return
+        rows = torch.arange(len(have), device=have.device)[indices].reshape(-1)
         for layer in self.layers_here:
-            layer.batch_select_indices(indices)
-        self._rows(lambda x: x[indices.to(x.device)])
+            layer.batch_select_indices(rows)
+        self._rows(lambda x: x[rows.to(x.device)])
 
     def compress(self) -> None:
         """Compress a prompt that is waiting now instead of at the next generated token."""

@@ -50,7 +50,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         out: list[str] = []
-        for word, then in zip(args, [*args[1:], "--"], strict=True):
+        for word, then in zip(args, [*args[1:], "--"], strict=False):
             out += [word, "local"] if word == "--ray" and then.startswith("-") else [word]
         return super().parse_args(ctx, out)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calidrop.attention import Queries
 from calidrop.layer import LayerKV, LayerState
+from calidrop.memory import available, megabytes
 from calidrop.observe import Observation
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Plan, Shrink
@@ -66,6 +67,13 @@ class Prompt:
     """Random tokens of one kv head, shared by all runs: k [1,1,N,D], v [1,1,N,Dv]; `group` query heads."""
 
     def __init__(self, layer: Layer, context: int, dtype: torch.dtype):
+        needs = 24 * context * (layer.head_dim + layer.value_dim)  # in fp32, as drawn, in two windows and stored
+        free, _ = available()
+        if needs > max(free, 1 << 30):
+            raise ValueError(
+                f"a plan runs recipes on one kv head, which for {context:,} tokens takes about {megabytes(needs)} of "
+                f"host memory, got {megabytes(free)}: plan for fewer tokens"
+            )
         self.draw = torch.Generator().manual_seed(0)
         self.group = layer.query_heads // layer.kv_heads
         self.k, self.v = (self._random(1, context, d).to(dtype) for d in (layer.head_dim, layer.value_dim))

@@ -87,6 +87,8 @@ class LayerKV(CacheLayerMixin):
         self.undo: list[LayerState] = []  # states after 0, 1, 2, ... tokens of the step that may be rolled back
         self.beside: Sequence[Queries] = ()  # `Observation.beside`
         self.by = ""  # who answered last
+        self.dtypes: tuple[torch.dtype, ...] | None = None  # of queries, keys and values as the first came
+        self.midway = False  # between taking tokens and having counted them
         self.column: Tensor | None = (
             None  # int32 [1]: where the next token stands, while steps are recorded (`steady.py`)
         )
@@ -179,9 +181,10 @@ class LayerKV(CacheLayerMixin):
         (k, v), self.pending = self.pending, None
         if self.column is not None:
             return self._answer(*at_column(q, k, v, self.column, mask, scale, softcap), sink)
+        asks, (q, k, v) = q.dtype, self._as_first(q, k, v)
         self.loosen()
         T, soft = k.shape[2] - self.soft_columns, None
-        self._check_turn(T)
+        self._check_turn(T, mask.start)
         if self.soft_columns:
             soft = (q[:, :, T:], k[:, :, T:], v[:, :, T:])
             q, k, v = q[:, :, :T], k[:, :, :T], v[:, :, :T]
@@ -189,20 +192,35 @@ class LayerKV(CacheLayerMixin):
         self._expect(new)
         self.told = mask.agreed(self.told, self.state.seen, T)
         self.keep_recording(mask.prompt, mask.assisted)
-        prompt = self.prompt_part(T, mask.prompt)
+        prompt, self.midway = self.prompt_part(T, mask.prompt), True
         if self.record_past:
-            return self._recorded(qs, new, sink, prompt, soft)
-        if prompt == 0:
+            o = self._recorded(qs, new, sink, prompt, soft)
+        elif prompt == 0:
             self.settle()
-            return self._step(qs, new, sink)
-        o = self._prompt(qs, new, sink, soft)
-        if self.eager or mask.ends:
-            self.settle()
-        return o
+            o = self._step(qs, new, sink)
+        else:
+            o = self._prompt(qs, new, sink, soft)
+            if self.eager or mask.ends:
+                self.settle()
+        self.midway = False
+        return o.to(asks)
 
-    def _check_turn(self, new: int) -> None:
-        """Raises ValueError where assisted decoding gives a cache again what it has: some versions of transformers do
-        so with every cache that is not empty, and answer wrong."""
+    def _as_first(self, *qkv: Tensor) -> Sequence[Tensor]:
+        """In the dtypes of the first that came, should the model's have changed since."""
+        now = tuple(x.dtype for x in qkv)
+        if self.state.context is None or self.dtypes is None:
+            self.dtypes = now
+        return qkv if now == self.dtypes else [x.to(dtype) for x, dtype in zip(qkv, self.dtypes, strict=True)]
+
+    def _check_turn(self, new: int, start: int | None) -> None:
+        """Raises ValueError where an earlier pass ended by an exception between two layers, or within one; and where
+        assisted decoding gives a cache again what it has: some versions of transformers do so with every cache that is
+        not empty, and answer wrong. start: `PositionMask.start`."""
+        if self.midway or (start is not None and start != self.state.seen):
+            raise ValueError(
+                "a forward pass was interrupted when some layers had its tokens and others had not: this cache cannot "
+                f"go on (a layer has {self.state.seen} tokens, others {start}); reset() it or use a new one"
+            )
         first = self.record_past and self.assisted and self.state.seen == self.seen_before
         if first and self.state.seen and new >= self.prompt_end:
             raise ValueError(

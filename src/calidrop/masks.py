@@ -59,7 +59,8 @@ class PositionMask:
     visible: None for the plain causal rule. window: how many columns it shows where it is a sliding window. first:
     the column of the first key, in a cache that forgets its oldest. prompt: whether the new columns belong to a
     prompt though there may be only one. ends: whether they end it; None where that is not known. assisted: whether
-    assisted decoding runs. given: of how many columns the user said whether they are real."""
+    assisted decoding runs. given: of how many columns the user said whether they are real. start: behind how many
+    columns the new ones come; None where that is not known."""
 
     ndim = 4  # of the tensor that others would make: a decoder that is given one passes it on as it is
 
@@ -74,9 +75,11 @@ class PositionMask:
         assisted: bool = False,
         window: int | None = None,
         given: int = 0,
+        start: int | None = None,
     ):
         self.pads, self.new_pads, self.visible, self.first = pads, new_pads, visible, first
         self.prompt, self.ends, self.assisted, self.window, self.given = prompt, ends, assisted, window, given
+        self.start = start
         self._known: tuple[Any, Tensor, Tensor] | None = None  # what `positions` said last: most layers ask the same
         self._agreed: tuple[Any, Told | None] | None = None  # what `agreed` said last
 
@@ -241,10 +244,12 @@ def mask(
 ) -> PositionMask | Tensor | None:
     """What transformers calls once per kind of layer and forward pass. attention_mask: bool [B, columns], None, or what
     an outer model got here. -> what sdpa would get where the columns do not end with the queries: a static cache is
-    filled from the front (and its offset is a tensor)."""
+    filled from the front (and its offset is a tensor). So too where a model is traced or exported, which it is without
+    a cache of ours: what holds for this mask's pads must not be taken for a fact."""
     if isinstance(attention_mask, PositionMask):
         return attention_mask
-    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
+    if traced or isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         places = batch_size, q_length, kv_length, q_offset, kv_offset
         return sdpa_mask(*places, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if q_length == 0:
@@ -259,7 +264,7 @@ def mask(
     visible, window = (None, None) if plain else (_from_function(mask_function), _sliding(mask_function))
     caller = sys._getframe(1)
     assisted = called_from(caller, ASSISTED) is not None
-    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(caller), assisted, window, given)
+    return PositionMask(pads, new_pads, visible, int(kv_offset), *prefill(caller), assisted, window, given, start)
 
 
 def prefill(frame: FrameType | None) -> tuple[bool, bool | None]:

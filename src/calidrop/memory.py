@@ -36,7 +36,7 @@ def room(device: torch.device | None, memory: int | str | None, host_memory: int
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_device, device_source = (parse_bytes("memory", memory), "given") if memory is not None else _free(device)
     on_host, host_source = (
-        (parse_bytes("host memory", host_memory, least=0), "given") if host_memory is not None else _available()
+        (parse_bytes("host memory", host_memory, least=0), "given") if host_memory is not None else available()
     )
     return Room(on_device, device_source, on_host, host_source, device_source == host_source != "given")
 
@@ -57,11 +57,12 @@ def _free(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], f"free on {device} now, as its driver says (torch.cuda.mem_get_info)"
     if device.type == "cpu":
-        return _available()
+        return available()
     raise ValueError(f"cannot read the free memory of {device}: say memory='2GiB'")
 
 
-def _available() -> tuple[int, str]:
+def available() -> tuple[int, str]:
+    """Bytes of host memory, and where the number is from."""
     return psutil.virtual_memory().available, "available on this machine now, as its kernel says"
 
 

@@ -66,7 +66,7 @@ class SharedKV(LayerKV):
                 f"softcap {softcap} after {tuple(own.q.shape)}, {own.scale} and {own.softcap}"
             )
         at = len(self.others) + 1
-        qs = replace(own.last(n), q=q.to(own.q.device), asker=at)  # accelerate may have it elsewhere
+        qs = replace(own.last(n), q=q.to(own.q), asker=at)  # accelerate may have it elsewhere
         if n == 1:
             parts = s.store.attend(qs) if s.store else []
             answer, self.by = ops.again(qs, s.window, parts, last=self._within(qs))
@@ -75,7 +75,7 @@ class SharedKV(LayerKV):
             before = len(s.window) - n
             o, *_ = self._block(qs, s.window.tokens().slice(before), before, sink)
         self.others.append(qs.alone())
-        return o.to(q.device)
+        return o.to(q)
 
     # ---- what the layer itself would do at once waits for the others
 
