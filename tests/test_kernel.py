@@ -691,11 +691,11 @@ def test_a_step_of_attention_predictor(flags, B, H, spans, per, power, monkeypat
     net, C = Predictor.fresh(power, 0.7), spans * per
     rows = Rows(64, 16, lambda device: net)
     ends = (torch.arange(C) < torch.tensor([[C], [C // 2], [C - per]])[:B])[:, None]
-    rows.history, rows.net = torch.rand(B, H, 64, C) * ends[:, :, None], net
+    rows.history, rows._net = torch.rand(B, H, 64, C) * ends[:, :, None], net
     rows.there = None if B == 1 else ends[:, 0]
     rows.next_row()
     slow = rows.fork()
-    slow.net = copy.copy(net)
+    slow._net = copy.copy(net)
     monkeypatch.setattr(slow.net, "follows", lambda history: False)
     qs = Queries(torch.zeros(B, 3 * H, 1, 8), torch.zeros(B, 1, dtype=torch.int32), 1.0)
     step = Observation(qs, torch.rand(B, 3 * H, 1), torch.ones(B).long(), torch.zeros(B).long())
