@@ -61,6 +61,7 @@ def tolerance(case: str) -> float:
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="its DistributedConfig is another one")
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     # One test, because the imports of the two processes cost more than all its cases together.
     alone = {}

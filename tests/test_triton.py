@@ -301,10 +301,15 @@ def test_keys_from_latents(half, dtype):
     assert (got.float() - want.float()).abs().max() < gap
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("half", "dtype", "group", "T"),
-    [(16, torch.float32, 1, 1), (16, torch.bfloat16, 3, 2), (12, torch.float32, 2, 1), (12, torch.bfloat16, 7, 3)],
+    [
+        (16, torch.float32, 1, 1),
+        (16, torch.bfloat16, 3, 2),
+        (12, torch.float32, 2, 1),
+        pytest.param(12, torch.bfloat16, 7, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_latents_asked_where_keys_are_made(half, dtype, group, T, softcap, dispatched):
     """As `test_keys_from_latents`; left pads, no numbers in empty slots, a row with nothing, one split and several."""
@@ -444,6 +449,7 @@ def test_a_model_decodes_as_it_does_in_torch(recipe, dispatched, monkeypatch):
     assert worst(logits, expected) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["snapkv(budget=24, recent=8)+int4", "adakv(budget=24, recent=8)+calidrop"])
 def test_proposals_are_answered_together(recipe, dispatched):
     check_verified(recipe, 9, DEVICE)

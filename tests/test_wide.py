@@ -44,7 +44,9 @@ def test_exact_heads(D):
     check(queries(2, 6, 1, D), [ops.piece(t)], [t], 2e-5)
 
 
-@pytest.mark.parametrize(("group", "T", "N"), [(1, 1, 1), (3, 8, 64), (70, 1, 33), (5, 7, 17)])
+@pytest.mark.parametrize(
+    ("group", "T", "N"), [(1, 1, 1), (3, 8, 64), pytest.param(70, 1, 33, marks=pytest.mark.slow), (5, 7, 17)]
+)
 def test_queries_and_lengths(group, T, N):
     """More rows of queries than one program takes; less tokens than it takes at a time."""
     t = latents(tokens(2, 1, N, 288, torch.bfloat16))
@@ -97,6 +99,7 @@ def test_codes(recipe, D, same, dtype):
         check_heard(LITTLE, weights, qs, store, 1e-3)
 
 
+@pytest.mark.slow
 def test_several_queries_of_codes():
     kv, qs = held("int4(residual=5)", 320, True, torch.float32), queries(2, 7, 3, 320)
     parts = [*kv.state.store.attend(qs), ops.piece(kv.state.window.tokens())]
