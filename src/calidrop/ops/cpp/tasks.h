@@ -19,7 +19,7 @@ class Tasks {
  public:
   Tasks(const Piece* pieces, int count, int64_t lists, int threads)
       : pieces(pieces), count(count), lists(lists), threads(threads), slots(lists, 0), starts(lists * count, 0) {
-    int64_t longest = 0;
+    int64_t longest = 0, all = 0;
     for (int64_t i = 0; i < lists; ++i) {
       for (int p = 0; p < count; ++p) {
         if (pieces[p].kind == ANSWERED) continue;
@@ -29,9 +29,10 @@ class Tasks {
         else if (pieces[p].lens && i)
           starts[p * lists + i] = starts[p * lists + i - 1] + pieces[p].lens[i - 1];
       }
-      longest = std::max(longest, slots[i]);
+      longest = std::max(longest, slots[i]), all += slots[i];
     }
-    splits = lists % threads == 0 && lists >= threads ? 1 : (4 * threads + lists - 1) / lists;
+    const bool alike = longest * lists <= all + all / 4;
+    splits = alike && lists % threads == 0 && lists >= threads ? 1 : (4 * threads + lists - 1) / lists;
     splits = std::max<int64_t>(1, std::min(splits, longest / 256));
   }
 

@@ -12,7 +12,8 @@ extern "C" void GOMP_parallel(void (*run)(void*), void* with, unsigned threads, 
 // How many threads to ask while something else runs on the cores, too. The runtime ends a region when all its threads have
 // been there, even those that come when the work is done: where another process has a thread's core, that is when the
 // scheduler thinks of it again, milliseconds later, and a step has hundreds of regions. So one that waited for much longer
-// than it worked makes those that follow do with fewer threads, for the longer the more often that happens.
+// than it worked makes those that follow do with fewer threads, for the longer the more often that happens. Each kind of
+// region judges for itself: what looks like that may be one task that is longer than all others, which costs nobody else.
 class Crowd {
  public:
   unsigned room(int threads) const { return std::min<unsigned>(threads, most.load(std::memory_order_relaxed)); }
@@ -38,22 +39,21 @@ class Crowd {
   std::atomic<unsigned> most{ALL};
   std::atomic<int> calm{0}, patience{SHORTEST};  // regions since anything changed, and until more threads are tried
 };
-inline Crowd crowd;
-
 namespace {
 
 // task(i, w) for every i below `tasks`, each once, in any order; w is what start() gives, one for each thread
 template <class Start, class Task> void each(int64_t tasks, int threads, const Start& start, const Task& task) {
   using Clock = std::chrono::steady_clock;
+  static Crowd crowd;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     auto w = start();
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i, w);
   };
   const unsigned room = crowd.room(threads);
-  if (room == 1) {
+  if (room == 1 || tasks == 1) {
     work();
-    if (threads > 1) crowd.saw(room, threads, {}, {});
+    if (tasks > 1 && threads > 1) crowd.saw(room, threads, {}, {});
     return;
   }
   const auto asks = std::this_thread::get_id();
