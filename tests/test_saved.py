@@ -206,7 +206,7 @@ def test_files_of_another_version_are_refused(llama, tmp_path):
     changed(of(), lambda head: head["parts"]["layers"]["list"][0]["of"].pop("seen"))
     with pytest.raises(ValueError, match=r"another version of calidrop: layers\[0\] differs in seen"):
         calidrop.KVCache.load(llama, tmp_path / "cache")
-    for name in ("calidrop.state:Nothing", "os:system", "calidrop.cache:KVCache"):
+    for name in ("calidrop.state:Nothing", "calidrop.nothing:State", "os:system", "calidrop.cache:KVCache"):
         changed(of(), lambda head, name=name: head["parts"]["layers"]["list"][0].update(part=name))
         with pytest.raises(ValueError, match=f"does not know: {name}"):
             calidrop.KVCache.load(llama, tmp_path / "cache")

@@ -218,8 +218,8 @@ class LayerKV(CacheLayerMixin):
         not empty, and answer wrong. start: `PositionMask.start`."""
         if self.midway or (start is not None and start != self.state.seen):
             raise ValueError(
-                "a forward pass was interrupted when some layers had its tokens and others had not: this cache cannot "
-                f"go on (a layer has {self.state.seen} tokens, others {start}); reset() it or use a new one"
+                f"a forward pass was interrupted between two layers, or in one: a layer has {self.state.seen} tokens "
+                f"where this pass goes on behind {start}. The cache cannot: reset() it or use a new one"
             )
         first = self.record_past and self.assisted and self.state.seen == self.seen_before
         if first and self.state.seen and new >= self.prompt_end:

@@ -6,6 +6,7 @@ new cache of the same recipe. So a file is data, from which nothing is executed,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -182,7 +183,8 @@ def _class(name: str) -> type:
     module, _, found = name.partition(":")
     cls: Any = None
     if module.split(".")[0] == "calidrop":
-        cls = getattr(importlib.import_module(module), found, None)
+        with contextlib.suppress(ImportError):
+            cls = getattr(importlib.import_module(module), found, None)
     if not isinstance(cls, type) or not (issubclass(cls, State) or dataclasses.is_dataclass(cls)):
         raise ValueError(f"the file has parts that this version of calidrop does not know: {name}")
     return cls
