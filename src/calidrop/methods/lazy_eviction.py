@@ -21,7 +21,7 @@ class Recurrence(Score):
         silent, longest = (t.stats[n] if n in t.stats else torch.zeros_like(t.pos) for n in ("silent", "longest"))
         T = 0 if step.prompt else len(step.queries)  # more than one where a generation is replayed
         for i in range(T):
-            one = step.slice(i, i + 1)
+            one = step if T == 1 else step.slice(i, i + 1)
             active = one.weights(t, "max")[:, :, 0] >= self.alpha
             if T == 1:  # all tokens are here by now
                 silent = silent + 1
@@ -31,7 +31,7 @@ class Recurrence(Score):
                 active, silent = active & here, silent + here
             if not self.birth:  # the token of this step: attended to by itself, which is no recurrence
                 silent = silent.masked_fill(t.pos == one.queries.pos[:, None], 0)
-            ended = silent.masked_fill(~active, 0)
+            ended = silent * active
             longest, silent = torch.maximum(longest, ended), silent - ended
         return {"silent": silent, "longest": longest}
 
