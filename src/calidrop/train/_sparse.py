@@ -8,6 +8,7 @@ What row t of a layer sees is decided by the compressions before it: what each k
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,8 @@ class SparseLayer(CacheLayerMixin):
     @torch.no_grad()
     def _replayed(self, q: Tensor, k: Tensor, v: Tensor, mask: PositionMask, *args: Any) -> Tensor:
         self.kv.reset()
+        mask = copy.copy(mask)
+        mask.start = None  # one mask for all of these calls
         n, live, start = q.shape[2], [], 0
         every = self.kv.plan.every or n
         for stop in [*range(self.prompt, n, every), n]:
