@@ -39,6 +39,7 @@ class Crowd {
   std::atomic<unsigned> most{ALL};
   std::atomic<int> calm{0}, patience{SHORTEST};  // regions since anything changed, and until more threads are tried
 };
+
 namespace {
 
 // task(i, w) for every i below `tasks`, each once, in any order; w is what start() gives, one for each thread
