@@ -169,6 +169,20 @@ def test_rotations_are_known_without_weights():
         assert len(ropes) == 3 and all(rope.interleaved == (family == "cohere") for rope in ropes.values()), family
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stage_of_a_pipeline_knows_the_rotations_of_its_layers(first):
+    away = pytest.importorskip("transformers.distributed.pipeline_parallel").PipelineIdentityLayer
+    model = model_of("smollm3", {"num_hidden_layers": 4})
+    whole = ropes_of(model_of("smollm3", {"num_hidden_layers": 4}))
+    for i in (2, 3) if first else (0, 1):
+        model.model.layers[i] = away()
+    if not first:
+        model.model.embed_tokens = away()
+    ropes = ropes_of(model)
+    for i in (0, 1) if first else (2, 3):
+        assert torch.equal(ropes[i].inv_freq, whole[i].inv_freq)
+
+
 def test_trying_leaves_dynamic_frequencies_and_random_numbers_alone():
     model = tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=16)
     with torch.no_grad():

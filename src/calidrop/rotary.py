@@ -129,12 +129,22 @@ def _tried(decoder: nn.Module, config: Any, found: tuple[nn.Module, str] | None)
             for module in decoder.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     put_back.enter_context(module.register_forward_pre_hook(_alike, with_kwargs=True))
-            decoder(input_ids=torch.full((1, LENGTH), 5, device=device), use_cache=True, **using(cache))
+            decoder(**_tokens(decoder, config, device), use_cache=True, **using(cache))
             freq = _frequencies(found)  # dynamic ones may be others than before
     except Exception:  # code of any model
         return {}
     keys = {i: getattr(layer, "keys", None) for i, layer in enumerate(cache.layers)}
     return {i: _explained(k[0].float(), freq) for i, k in keys.items() if isinstance(k, Tensor) and k.dim() == 4}
+
+
+def _tokens(decoder: Any, config: Any, device: torch.device) -> dict[str, Tensor]:
+    """Some, as arguments; as hidden states where a pipeline has their embeddings in another process."""
+    table = getattr(decoder.get_input_embeddings(), "weight", None)
+    if table is not None:
+        return {"input_ids": torch.full((1, LENGTH), 5, device=device)}
+    draw = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(1, 1, config.hidden_size, generator=draw, device="cpu", dtype=torch.float32)
+    return {"inputs_embeds": hidden.to(device, decoder.dtype).expand(-1, LENGTH, -1)}
 
 
 def _explained(keys: Tensor, freq: Tensor) -> Way | None:
