@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 import calidrop
+from calidrop.plugin import using
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a hub id or a folder")
@@ -27,7 +28,7 @@ cache = calidrop.KVCache(model, args.recipe)
 
 hill = "The house stood on a hill above the river, and in the evening its windows could be seen from far away. "
 inputs = tokenizer(f"The secret word is banana. {12 * hill}\nThe secret word is", return_tensors="pt").to(model.device)
-out = model.generate(**inputs, cache=cache, max_new_tokens=8)  # the same call in every process
+out = model.generate(**inputs, **using(cache), max_new_tokens=8)  # the same call in every process
 
 for rank in range(dist.get_world_size()):
     dist.barrier()  # one after the other
