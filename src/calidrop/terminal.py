@@ -49,7 +49,9 @@ Continuation = Annotated[int, typer.Option(min=1, help="Tokens after them that a
 DType = Annotated[
     str | None, typer.Option("--dtype", help="Of the weights; default: float32 on the CPU, else bfloat16.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads of torch; default: torch's own choice.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads of torch; default: torch's own choice.")
+]
 
 
 class Group(TyperGroup):
