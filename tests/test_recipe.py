@@ -265,7 +265,7 @@ def test_docstring_cites_its_paper_first(name):
     ],
 )
 def test_what_is_nested_too_deeply_is_refused_in_one_line(text):
-    with pytest.raises(ValueError, match="write it like") as error:
+    with pytest.raises(ValueError, match=r"write it like|fill the same role") as error:  # Python 3.13 reads long sums
         parse(text)
     assert len(str(error.value)) < 600 and "\n" not in str(error.value)
     assert isinstance(outline(text), list)

@@ -254,6 +254,19 @@ class TestThink:
         torch.testing.assert_close(kv.state.window.tokens().k, k[:, :, old:])
 
     @torch.no_grad()
+    def test_rows_that_come_later_choose_their_own_channels(self):
+        q, k, v = (x[:1].repeat(2, 1, 1, 1) for x in random_qkv(1, 2, 2, 160, 16))
+        q[..., :8] *= 3
+        k[..., :8] *= 3
+        kv = layer_of("think(keep=0.5, values=0.5)", (q, k, v))
+        feed(kv, (q, k, v), [100, *[1] * 60], [0, 80])  # what the second row has of the prompt stays exact
+        store = kv.state.store
+        assert store.of_keys.index.tolist() == [[list(range(8))] * 2] * 2
+        first = run("think(keep=0.5, values=0.5)", [x[:, :, :100] for x in (q, k, v)])
+        for now, was in ((store.of_keys, first.state.store.of_keys), (store.of_values, first.state.store.of_values)):
+            assert torch.equal(now.index[0], was.index[0])
+
+    @torch.no_grad()
     def test_channels_stay_those_of_the_first_compression(self):
         qkv = random_qkv(1, 2, 2, 160, 16)
         kv = run("think(keep=0.5)", qkv, prompt=100)
@@ -262,6 +275,19 @@ class TestThink:
 
 
 class TestDecoQuant:
+    @pytest.mark.parametrize(("pads", "short"), [((0, 0), 1), ((0, 52), 53)])
+    @torch.no_grad()
+    def test_factors_of_one_token_serve_those_that_follow(self, pads, short):
+        """A row with one token to compress: it has 4 directions of 16."""
+        qkv = random_qkv(2, 2, 2, 200, 64)
+        want = feed(layer_of("full", qkv), qkv, [200], pads)[:, :, 60:]
+        errors = []
+        for prompt in (short, 120):
+            kv = layer_of("decoquant(bits=8, residual=0)", qkv)
+            out = feed(kv, qkv, [prompt, *[1] * (200 - prompt)], pads)[:, :, 60:]
+            errors.append((out - want).square().mean((1, 2, 3)).sqrt())
+        assert bool((errors[0] < 3 * errors[1]).all()), errors  # it was 100 times as much
+
     def test_factors_multiply_back_and_fold_into_queries(self):
         x, q = torch.randn(2, 3, 50, 32) @ torch.randn(32, 32), torch.randn(2, 3, 7, 32)
         rows = x.unflatten(-1, (-1, 16)).flatten(1, 3)
@@ -302,3 +328,16 @@ class TestDecoQuant:
 def test_bad_recipes_say_what_is_wrong(recipe, message):
     with pytest.raises(ValueError, match=message):
         calidrop.KVCache(tiny(), recipe)
+
+
+@pytest.mark.parametrize(
+    "storage", ["think(keep=0.5, values=0.5)", "think(keep=0.5)+int8", "decoquant", "mixkvq", "ott"]
+)
+@torch.no_grad()
+def test_what_is_kept_at_first_may_be_nothing(storage):
+    qkv = random_qkv(2, 4, 2, 90, 64)
+    kv = layer_of(f"lazy_eviction(budget=0.4, window=4)+{storage}+calidrop(recompute=2)", qkv)
+    want = feed(layer_of("full", qkv), qkv)
+    out = feed(kv, qkv, [7, *[1] * 83])
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:, :, :10], want[:, :, :10], atol=1e-4, rtol=0)  # before anything is rounded

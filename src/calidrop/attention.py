@@ -63,10 +63,10 @@ def logits(
     qs: Queries, k: Float[Tensor, "B H N D"], pos: Int[Tensor, "B H N"], bias: Tensor | None = None
 ) -> Float[Tensor, "B H G T N"]:
     """fp32; -inf where the slot is empty or the query may not see it. bias: [B,H,N], added to the logits."""
-    B, _, T, _ = qs.q.shape
+    B, Hq, T, _ = qs.q.shape
     H = k.shape[1]
     s = grouped(qs.q.float(), H) @ k.float().transpose(-1, -2) * qs.scale
-    s = s.view(B, H, -1, T, k.shape[2])
+    s = s.view(B, H, Hq // H, T, k.shape[2])
     if qs.softcap is not None:
         s = qs.softcap * torch.tanh(s / qs.softcap)
     if bias is not None:

@@ -77,8 +77,13 @@ class Decomposed(Coded):
         self.missing = missing if bool(missing.any()) else None
 
     def _gram(self, x: Tensor, valid: Tensor) -> Tensor:
+        """[B,16,16], as though each head had had one token more, of their mean energy and in no direction: of a token
+        or two, directions are missing, through which the next tokens would be lost."""
         rows = (x.float() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]
-        return self.heads.gather(rows.transpose(-1, -2) @ rows).sum(1)
+        gram = rows.transpose(-1, -2) @ rows
+        even = gram.diagonal(dim1=-2, dim2=-1).mean(-1) / valid.sum(-1).clamp(min=1)
+        gram = gram + even[..., None, None] * torch.eye(CHUNK, device=x.device)
+        return self.heads.gather(gram).sum(1)
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         assert self.of_keys is not None and self.of_values is not None
@@ -133,7 +138,9 @@ def decoquant(bits: int = 4, residual: int | None = None) -> Storage:
     or 8, symmetric, or 16 (not quantized). residual: the last tokens that stay exact (32 when None) if no evictor
     decides that. Bytes per token and head, D channels: 2 * (D * bits / 8 + 2), and 4096 per row and layer.
 
-    Deviations: a scale per token and kv head rather than per token, since evictors give heads different tokens.
+    Deviations: a scale per token and kv head rather than per token, since evictors give heads different tokens; to the
+    Gram matrix one token per head is added whose energy lies evenly in all directions, without which a factor of a
+    token or two ruins what follows (LOG.md).
     """
     check_choice("decoquant: bits", bits, (2, 4, 8, 16))
     if residual is not None:

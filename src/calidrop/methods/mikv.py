@@ -22,7 +22,7 @@ class Balanced(Coded):
         self.bits, self.channels, self.balancer = bits, channels, balancer
         self.q_max: Tensor | None = None  # [B,Hq,D], over the queries until the first tokens come
         self.balance: Tensor | None = None
-        self.missing: Tensor | None = None  # bool [B], rows that have had no token, where others had
+        self.missing: Tensor | None = None  # bool [B,H], heads that have had no token, where others had
 
     @property
     def settled(self) -> bool:
@@ -41,14 +41,14 @@ class Balanced(Coded):
         B, H, _, D = t.k.shape
         if self.balance is None or self.missing is None:
             self.balance = torch.ones(B, H, 1, 1, D, dtype=torch.float32, device=t.k.device)
-            self.missing = torch.ones(B, dtype=torch.bool, device=t.k.device)
-        came = t.valid.flatten(1).any(1)
+            self.missing = torch.ones(B, H, dtype=torch.bool, device=t.k.device)
+        came = t.valid.any(-1)
         if self.q_max is not None:
             q_max = self.q_max.view(B, H, -1, D).amax(2)
             k_max = (t.k.float().abs() * t.valid[..., None]).amax(2)
             ratio = (q_max / k_max).sqrt()
             ratio = torch.where((q_max > 0) & (k_max > 0), ratio, torch.ones_like(ratio)).clamp(2.0**-10, 2.0**10)
-            new = (came & self.missing)[:, None, None, None, None]
+            new = (came & self.missing)[:, :, None, None, None]
             self.balance = torch.where(new, ratio[:, :, None, None], self.balance)
         self.missing = self.missing & ~came
         if not bool(self.missing.any()):

@@ -1,7 +1,10 @@
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from calidrop import ops
@@ -31,6 +34,12 @@ class Channels(State):
         """The inverse, zero in the channels that were dropped."""
         return x.new_zeros(*x.shape[:3], self.width).scatter(3, self._rows(x), x)
 
+    def where(self, heads: Tensor, other: Channels) -> Channels:
+        """`other` in the marked (row, kv head), bool [B,H]."""
+        new = copy.copy(self)
+        new.index = torch.where(heads[..., None], other.index, self.index)
+        return new
+
     def _rows(self, x: Tensor) -> Tensor:
         index = self.index.repeat_interleave(x.shape[1] // self.index.shape[1], 1)
         return index[:, :, None].expand(-1, -1, x.shape[2], -1)
@@ -43,10 +52,11 @@ class ThinKeys(Store):
         self.inner, self.keep, self.values = inner, keep, values
         self.of_keys: Channels | None = None
         self.of_values: Channels | None = None
+        self.missing: Tensor | None = None  # bool [B,H], heads that have had no token, where others had
         self.by = ""  # who answered last, where values have fewer channels too
 
     def add(self, t: Tokens, obs: Observation) -> None:
-        if self.of_keys is None:
+        if self.of_keys is None or self.missing is not None:
             self._choose(t, obs)
         assert self.of_keys is not None
         v = self.of_values.cut(t.v) if self.of_values else t.v
@@ -57,10 +67,19 @@ class ThinKeys(Store):
         qs = obs.queries
         q = (qs.q.float() * (qs.pos >= 0)[:, None, :, None]).reshape(B, H, -1, D)  # the group's queries together
         k = t.k.float() * t.valid[..., None]
-        self.of_keys = Channels(q.square().sum(2) * k.square().sum(2), self.keep)
+        keys, values = Channels(q.square().sum(2) * k.square().sum(2), self.keep), None
         if self.values is not None:
             answers = obs.weights(t) @ (t.v.float() * t.valid[..., None])  # [B,H,W,Dv]
-            self.of_values = Channels(answers.square().sum(2), self.values)
+            values = Channels(answers.square().sum(2), self.values)
+        came = t.valid.any(-1)  # each head has those of its own first tokens
+        if self.missing is None or self.of_keys is None:
+            self.of_keys, self.of_values, missing = keys, values, ~came
+        else:
+            new, missing = came & self.missing, self.missing & ~came
+            self.of_keys = self.of_keys.where(new, keys)
+            if self.of_values is not None and values is not None:
+                self.of_values = self.of_values.where(new, values)
+        self.missing = missing if bool(missing.any()) else None
 
     def attend(self, qs: Queries) -> list[Partial | Piece]:
         if self.of_keys is None:
@@ -141,7 +160,8 @@ def think(keep: float = 0.6, values: float = 1.0, recent: int = 32) -> Shrink:
     keep: the fraction of key channels that stay, per kv head by |q_d| |k_d| summed over its query group; rounded up to
     an even number and to a 16th of the head. values: the same for value channels, by their part in the observed answers
     (the paper's appendix; 1.0 keeps all). recent: the last tokens that keep every channel, if no evictor decides that.
-    Channels are chosen at the first compression. Bytes per token and head, D channels: D (keep + values) elements.
+    Channels are chosen at the first compression of a head's tokens. Bytes per token and head, D channels:
+    D (keep + values) elements.
     On SmolLM2 (64 channels a head) it costs more than dropping tokens worth the same bytes (LOG.md).
     """
     check_number("think: keep", keep, 0.0, 1.0)
