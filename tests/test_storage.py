@@ -291,7 +291,7 @@ class TestDecoQuant:
     def test_factors_multiply_back_and_fold_into_queries(self):
         x, q = torch.randn(2, 3, 50, 32) @ torch.randn(32, 32), torch.randn(2, 3, 7, 32)
         rows = x.unflatten(-1, (-1, 16)).flatten(1, 3)
-        split = Split16(rows.transpose(-1, -2) @ rows)
+        split = Split16((rows.transpose(-1, -2) @ rows).double())
         large = split.large(x)
         torch.testing.assert_close(split.whole(large), x, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(
@@ -341,3 +341,39 @@ def test_what_is_kept_at_first_may_be_nothing(storage):
     out = feed(kv, qkv, [7, *[1] * 83])
     assert out.isfinite().all()
     torch.testing.assert_close(out[:, :, :10], want[:, :, :10], atol=1e-4, rtol=0)  # before anything is rounded
+
+
+EXTREMES = {
+    "zeros": (0.0, 0.0),
+    "tiny": (1e-6, 1e-6),  # below the steps of fp16 scales
+    "denormal": (1e-41, 1e-41),
+    "huge": (1e15, 1e30),
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8",
+        "int4",
+        "fp8",
+        "kivi(bits=4, group=16)",
+        "ott(block=16, pool=2)",
+        "mixkvq(block=32)",
+        "decoquant(bits=8)",
+        "think(keep=0.5)+int8",
+        "h2o(budget=20)+mikv(bits=4)",
+    ],
+)
+@torch.no_grad()
+def test_extreme_numbers_stay_numbers(recipe, extreme):
+    q, k, v = random_qkv(2, 2, 2, 120, 32)
+    of_keys, of_values = EXTREMES[extreme]
+    k, v = k * of_keys, v * of_values
+    q = q / of_keys if of_keys > 1 else q
+    want = feed(layer_of("full", (q, k, v)), (q, k, v), None, [0, 11])
+    out = feed(layer_of(recipe, (q, k, v)), (q, k, v), [60, *[1] * 60], [0, 11])
+    assert want.isfinite().all() and out.isfinite().all()
+    if of_values < 1:
+        assert (out - want).abs().max() <= of_values

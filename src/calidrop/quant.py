@@ -13,6 +13,7 @@ from torch import Tensor
 from calidrop.ops import gpu
 
 LARGEST = torch.finfo(torch.float16).max
+SMALLEST = 2.0**-24  # above 0 in fp16: the scale of groups that are all but constant
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     # rounding zero to fp16 moves it; the scale must still reach the maximum
     steps = high.new_full((), 2**bits - 1)  # a tensor: on GPUs torch multiplies by the reciprocal of a number
     scale = ((high - zero.float()) / steps).to(torch.float16)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant group is its zero
+    scale = scale.clamp(min=SMALLEST)
     codes = ((x - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
 

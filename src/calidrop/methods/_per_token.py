@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calidrop.coded import Coded
 from calidrop.hadamard import hadamard
-from calidrop.quant import dequantize, rounded, unpack
+from calidrop.quant import LARGEST, SMALLEST, dequantize, rounded, unpack
 
 
 def _there(k: Tensor, v: Tensor) -> list[tuple[str, Tensor]]:
@@ -68,14 +68,14 @@ class PerToken(Coded):
 class Float8(Coded):
     """e4m3 with one fp16 scale per token and head for keys and one for values."""
 
-    LARGEST = 448.0  # of e4m3
+    TOP = 448.0  # of e4m3
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         data = {}
         for name, x in _there(k, v):
-            scale = (x.float().abs().amax(-1) / self.LARGEST).to(torch.float16).clamp(min=2.0**-24)
+            scale = (x.float().abs().amax(-1) / self.TOP).clamp(SMALLEST, LARGEST).to(torch.float16)
             # the scale was rounded: without the clamp, the largest value may lie above the format's and become NaN
-            scaled = (x.float() / scale.float()[..., None]).clamp(-self.LARGEST, self.LARGEST)
+            scaled = (x.float() / scale.float()[..., None]).clamp(-self.TOP, self.TOP)
             data[f"{name}_scale"] = scale
             data[name] = scaled.to(torch.float8_e4m3fn).view(torch.uint8)  # torch cannot index float8 everywhere
         return data

@@ -9,12 +9,13 @@ from torch import Tensor
 from calidrop.coded import Coded
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Storage, check_choice, check_int, method
-from calidrop.quant import pack, unpack
+from calidrop.quant import LARGEST, SMALLEST, pack, unpack
 from calidrop.state import State
 from calidrop.store import Store
 from calidrop.tokens import Tokens
 
 CHUNK = 16  # channels that share the small factor
+LEAST = 1e-30  # energy of a token, even of zeros
 
 
 class Split16(State):
@@ -22,8 +23,8 @@ class Split16(State):
     decomposition, read off the Gram matrix X'X = E Lambda E'. small, inverse: fp32 [B,1,1,16,16]."""
 
     def __init__(self, gram: Tensor):
-        """gram: [B,16,16]"""
-        values, vectors = torch.linalg.eigh(gram.double())
+        """gram: fp64 [B,16,16]"""
+        values, vectors = torch.linalg.eigh(gram)
         root = values.clamp(min=values.amax(-1, keepdim=True) * 1e-12).clamp(min=1e-30) ** 0.25
         self.small = (root[..., None] * vectors.transpose(-1, -2)).float()[:, None, None]
         self.inverse = (vectors / root[..., None, :]).float()[:, None, None]
@@ -79,10 +80,10 @@ class Decomposed(Coded):
     def _gram(self, x: Tensor, valid: Tensor) -> Tensor:
         """[B,16,16], as though each head had had one token more, of their mean energy and in no direction: of a token
         or two, directions are missing, through which the next tokens would be lost."""
-        rows = (x.float() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]
-        gram = rows.transpose(-1, -2) @ rows
-        even = gram.diagonal(dim1=-2, dim2=-1).mean(-1) / valid.sum(-1).clamp(min=1)
-        gram = gram + even[..., None, None] * torch.eye(CHUNK, device=x.device)
+        rows = (x.double() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]
+        gram, n = rows.transpose(-1, -2) @ rows, valid.sum(-1)
+        even = (gram.diagonal(dim1=-2, dim2=-1).mean(-1) / n.clamp(min=1)).clamp(min=LEAST) * (n > 0)
+        gram = gram + even[..., None, None] * torch.eye(CHUNK, dtype=gram.dtype, device=x.device)
         return self.heads.gather(gram).sum(1)
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -92,8 +93,7 @@ class Decomposed(Coded):
             if self.bits == 16:
                 data[name] = x[:, :, :, None].to(self.dtype)
                 continue
-            scale = (x.abs().amax(-1) / top).to(torch.float16)
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            scale = (x.abs().amax(-1) / top).clamp(SMALLEST, LARGEST).to(torch.float16)
             codes = (x / scale.float()[..., None]).round().clamp(-top, top) + top
             data[f"{name}_scale"] = scale[:, :, :, None]
             data[name] = pack(codes.to(torch.uint8), self.bits)[:, :, :, None]

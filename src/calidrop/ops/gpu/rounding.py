@@ -12,6 +12,7 @@ from torch import Tensor
 from calidrop.ops.gpu._shared import launch
 
 LARGEST = tl.constexpr(65504.0)  # of fp16
+SMALLEST = tl.constexpr(2.0**-24)
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to a whole number, ties to even
 
 
@@ -32,7 +33,7 @@ def _round(
     high = tl.max(tl.where(item[None, :], y, float("-inf")), 1)
     z = low.to(tl.float16)
     s = tl.div_rn(high - z.to(tl.float32), tl.full([ROWS], 2.0**BITS - 1.0, tl.float32)).to(tl.float16)
-    s = tl.where(s > 0, s, tl.full([ROWS], 1.0, tl.float16))  # a constant group is its zero
+    s = tl.where(s > 0, s, tl.full([ROWS], SMALLEST, tl.float16))
     y = tl.div_rn(y - z.to(tl.float32)[:, None], tl.broadcast_to(s.to(tl.float32)[:, None], (ROWS, PADDED)))
     y = tl.minimum(tl.maximum(y, 0.0), 2.0**BITS - 1.0)
     code = ((y + HALF) - HALF).to(tl.int32)
