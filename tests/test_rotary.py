@@ -162,6 +162,10 @@ def test_frequencies_that_do_not_fit_the_heads_are_refused():
     assert ropes_of(model) == {}
 
 
+def test_a_vocabulary_may_be_small():
+    assert len(ropes_of(tiny(vocab_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=0))) == 3
+
+
 def test_rotations_are_known_without_weights():
     for family in ("llama", "cohere", "nanochat"):
         config = transformers.AutoConfig.for_model(family, **COMMON)

@@ -6,9 +6,10 @@ import torch
 import calidrop
 from calidrop.hadamard import hadamard
 from calidrop.methods.decoquant import Split16
+from calidrop.plugin import using
 from calidrop.quant import pack, unpack
 from calidrop.state import held_bytes
-from helpers import feed, layer_of, live, positions, random_qkv, run
+from helpers import feed, kernels, layer_of, live, positions, random_qkv, run
 from tiny import batch, generate, tiny, worst
 
 D = 64
@@ -252,6 +253,25 @@ class TestThink:
         torch.testing.assert_close(held.k, k[:, :, :old] * mask)
         torch.testing.assert_close(held.v, v[:, :, :old])
         torch.testing.assert_close(kv.state.window.tokens().k, k[:, :, old:])
+
+    @pytest.mark.parametrize("fraction", ["keep=0.01", "keep=0.5, values=0.01"])
+    @torch.no_grad()
+    def test_at_least_one_step_of_channels_stays(self, fraction):
+        qkv = random_qkv(1, 2, 2, 60, 16)
+        kv = run(f"think({fraction}, recent=4)+int8", qkv, prompt=50)
+        assert "2 channels of keys" in kv.describe() or "and 2 of values" in kv.describe()
+
+    @torch.no_grad()
+    def test_torch_answers_tokens_in_turn(self, monkeypatch):
+        model, ids = tiny(), batch(rows=1, length=60)["input_ids"]
+        logits = []
+        for wish in ("torch", "native"):
+            with kernels(monkeypatch, wish):
+                cache = calidrop.KVCache(model, "snapkv(budget=12, recent=4)+think+calidrop")
+                model(ids[:, :40], **using(cache)), model(ids[:, 40:41], **using(cache))
+                cache.activate_past_recording()
+                logits.append(model(ids[:, 41:44], **using(cache)).logits)
+        torch.testing.assert_close(*logits, atol=2e-4, rtol=0)
 
     @torch.no_grad()
     def test_rows_that_come_later_choose_their_own_channels(self):

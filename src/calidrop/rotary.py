@@ -141,7 +141,7 @@ def _tokens(decoder: Any, config: Any, device: torch.device) -> dict[str, Tensor
     """Some, as arguments; as hidden states where a pipeline has their embeddings in another process."""
     table = getattr(decoder.get_input_embeddings(), "weight", None)
     if table is not None:
-        return {"input_ids": torch.full((1, LENGTH), 5, device=device)}
+        return {"input_ids": torch.full((1, LENGTH), min(5, len(table) - 1), device=device)}
     draw = torch.Generator("cpu").manual_seed(0)
     hidden = torch.randn(1, 1, config.hidden_size, generator=draw, device="cpu", dtype=torch.float32)
     return {"inputs_embeds": hidden.to(device, decoder.dtype).expand(-1, LENGTH, -1)}

@@ -89,17 +89,18 @@ class ThinKeys(Store):
         if not parts:
             return []
         if self.of_values is None:
-            return [self._leaf(p, cut) if isinstance(p, Piece) else p for p in parts]
+            return [self._leaf(p, self.of_keys, cut.q) if isinstance(p, Piece) else p for p in parts]
         backend = ops.pick(cut, parts)
         self.by = backend.name
         o, lse = backend.decode(cut, parts)
         return [(self.of_values.spread(o), lse)]
 
     @staticmethod
-    def _leaf(piece: Piece, cut: Queries) -> Piece:
-        """One that is asked with fewer channels, along with all others."""
-        q = cut.q if piece.q is None else piece.q  # which has them in a basis of its own
-        return replace(piece, q=q, answer=lambda _: piece.answer(cut))
+    def _leaf(piece: Piece, channels: Channels, q: Tensor) -> Piece:
+        """One that is asked with fewer channels, along with all others. q: the queries [B,Hq,T,D'] of this call; those
+        of `answer` may be others."""
+        q = q if piece.q is None else piece.q  # which has them in a basis of its own
+        return replace(piece, q=q, answer=lambda qs: piece.answer(replace(qs, q=channels.cut(qs.q))))
 
     def _whole(self, t: Tokens) -> Tokens:
         assert self.of_keys is not None
@@ -171,7 +172,7 @@ def think(keep: float = 0.6, values: float = 1.0, recent: int = 32) -> Shrink:
 
     def channels(layer: Layer, fraction: float) -> int:
         step = max(2, layer.head_dim // 16)
-        return min(layer.head_dim, -(-round(fraction * layer.head_dim) // step) * step)
+        return min(layer.head_dim, -(-max(1, round(fraction * layer.head_dim)) // step) * step)
 
     def make(layer: Layer, inner: Callable[[Layer], Store]) -> Store:
         k, v = channels(layer, keep), channels(layer, values)
