@@ -144,8 +144,8 @@ def decoquant(bits: int = 4, residual: int | None = None) -> Storage:
     decides that. Bytes per token and head, D channels: 2 * (D * bits / 8 + 2), and 4096 per row and layer.
 
     Deviations: a scale per token and kv head rather than per token, since evictors give heads different tokens; to the
-    Gram matrix one token per head is added whose energy lies nearly evenly in all directions, without which a factor of a
-    token or two ruins what follows (LOG.md).
+    Gram matrix one token per head is added whose energy lies nearly evenly in all directions, without which a factor of
+    a token or two ruins what follows (LOG.md).
     """
     check_choice("decoquant: bits", bits, (2, 4, 8, 16))
     if residual is not None:
