@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, dict]] = {
         f"{ADA}+kivi(bits=4, group=16)",
         "snapkv(budget=24, recent=8, every=8)+kvcrush",
         "adakv(budget=24, recent=8, every=8)+kvcrush(share=0.5)",
-        f"{ADA}+decoquant",
+        f"{ADA}+decoquant(bits=16)",  # unrounded: at 4 bits, runs that differ by 2e-7 do by a step
         f"{SNAP}+calidrop(recompute=0.0, decide='head')",
         f"{SNAP}+calidrop(recompute=0.0, decide='layer')",
         # so few tokens are evicted that some process has none of them
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict]] = {
 CASES["a prompt in chunks"] = (ADA, {"eager": True, "prefill_chunk_size": 20})
 CASES["beam search"] = (SNAP, {"num_beams": 2})
 CASES["assisted"] = (SNAP, {"rows": 1, "prompt_lookup_num_tokens": 3})
-CASES["decoquant where a process keeps nothing"] = ("adakv(budget=9, recent=8)+decoquant", {"rows": 1})
+CASES["decoquant where a process keeps nothing"] = ("adakv(budget=9, recent=8)+decoquant(bits=16)", {"rows": 1})
 GATHERED = {recipe: (recipe, {}) for recipe in [ADA, f"{SNAP}+calidrop(recompute=0.0, decide='layer')"]}
 
 SHAPE = {
@@ -86,6 +86,7 @@ def run(model: Any, recipe: str, eager: bool = False, rows: int = 2, **kwargs: A
         "tokens": tokens,
         "logits": logits,
         "kept": [kept(store) for store in stores],
+        "factors": [factor(store) for store in stores],
         "recomputed": [sum(n) for n in zip(*counts, strict=True)],
         "rate": cache.recompute_rate,
         "bytes": (cache.nbytes, cache.host_nbytes, cache.full_nbytes),
@@ -98,6 +99,12 @@ def kept(store: Store | None) -> torch.Tensor | None:
     """How many tokens each head keeps, [B,H]; None for none at all: no eviction, or a layer of another process."""
     held = store.kept.tokens() if isinstance(store, Split) else []
     return torch.stack([t.valid.sum(-1) for t in held]).sum(0) if held else None
+
+
+def factor(store: Store | None) -> torch.Tensor | None:
+    """What decoquant's factor of keys comes from, whatever the signs of its rows are, [B,1,1,16,16]."""
+    small = getattr(getattr(getattr(store, "kept", None), "of_keys", None), "small", None)
+    return None if small is None else small.mT @ small
 
 
 def runs(model: Any, cases: dict) -> dict[str, dict[str, Any]]:
