@@ -6,13 +6,9 @@ import torch
 import calidrop
 from calidrop.hadamard import hadamard
 from calidrop.methods.decoquant import Split16
-from calidrop.parallel import HeadGroup
-from calidrop.parts import Layer
 from calidrop.plugin import using
 from calidrop.quant import pack, unpack
-from calidrop.recipe import parse
 from calidrop.state import held_bytes
-from calidrop.tokens import Tokens
 from helpers import feed, kernels, layer_of, live, positions, random_qkv, run
 from tiny import batch, generate, tiny, worst
 
@@ -311,16 +307,6 @@ class TestDecoQuant:
             out = feed(kv, qkv, [prompt, *[1] * (200 - prompt)], pads)[:, :, 60:]
             errors.append((out - want).square().mean((1, 2, 3)).sqrt())
         assert bool((errors[0] < 3 * errors[1]).all()), errors  # it was 100 times as much
-
-    @torch.no_grad()
-    def test_what_a_token_leaves_open_is_not_decided_by_rounding(self):
-        first, second, noise = torch.randn(3, 1, 1, 1, 64)
-        found = []
-        for k in (first, first * (1 + 1e-7 * noise)):
-            store = parse("decoquant(bits=4)").plan(Layer(0, 1, 1, 1, 64, None, HeadGroup())).store
-            store.arrive(Tokens(k, k, torch.zeros(1, 1, 1, dtype=torch.int32), dense=True))
-            found.append(store.of_keys.whole(store.of_keys.large(second).round()))
-        torch.testing.assert_close(*found, atol=1e-3, rtol=0)
 
     def test_factors_multiply_back_and_fold_into_queries(self):
         x, q = torch.randn(2, 3, 50, 32) @ torch.randn(32, 32), torch.randn(2, 3, 7, 32)

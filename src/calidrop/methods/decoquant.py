@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from calidrop.coded import Coded
-from calidrop.hadamard import hadamard
 from calidrop.parallel import HeadGroup
 from calidrop.parts import Layer, Storage, check_choice, check_int, method
 from calidrop.quant import LARGEST, SMALLEST, pack, unpack
@@ -84,11 +83,7 @@ class Decomposed(Coded):
         rows = (x.double() * valid[..., None]).unflatten(-1, (-1, CHUNK)).flatten(2, 3)  # [B,H,M,16]
         gram, n = rows.transpose(-1, -2) @ rows, valid.sum(-1)
         even = (gram.diagonal(dim1=-2, dim2=-1).mean(-1) / n.clamp(min=1)).clamp(min=LEAST) * (n > 0)
-        # Not quite evenly, or the basis of these directions would be up to rounding; and over all channels, as outliers
-        # are spread so (LOG.md).
-        slope = torch.linspace(0.75, 1.25, CHUNK, dtype=gram.dtype, device=x.device)
-        spread = hadamard(torch.eye(CHUNK, dtype=torch.float32, device=x.device)).to(gram.dtype)
-        gram = gram + even[..., None, None] * (spread.mT * slope @ spread)
+        gram = gram + even[..., None, None] * torch.eye(CHUNK, dtype=gram.dtype, device=x.device)
         return self.heads.gather(gram).sum(1)
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -144,8 +139,8 @@ def decoquant(bits: int = 4, residual: int | None = None) -> Storage:
     decides that. Bytes per token and head, D channels: 2 * (D * bits / 8 + 2), and 4096 per row and layer.
 
     Deviations: a scale per token and kv head rather than per token, since evictors give heads different tokens; to the
-    Gram matrix one token per head is added whose energy lies nearly evenly in all directions, without which a factor of
-    a token or two ruins what follows (LOG.md).
+    Gram matrix one token per head is added whose energy lies evenly in all directions, without which a factor of a
+    token or two ruins what follows (LOG.md).
     """
     check_choice("decoquant: bits", bits, (2, 4, 8, 16))
     if residual is not None:
